@@ -1,0 +1,141 @@
+"""Data: a random-access source of labelled images, and the batch at any step as a function of (seed, step).
+
+Batches are dicts of NumPy arrays: `image` uint8 `[B, H, W, C]` and `label` int32 `[B]`. Scaling and flips run on the device.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dit.config import Data, InputError, require
+from dit.images import centre_crop
+
+MEMORY_LIMIT = 4 << 30  # bytes of decoded images that are kept in memory rather than decoded again each epoch
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """`records[i]` is {"image": uint8 [H, W, C], "label": int32}; `class_names` has a name for each label."""
+
+    records: Sequence[dict[str, np.ndarray]]
+    class_names: tuple[str, ...]
+
+
+class InMemory:
+    """Decoded images uint8 `[N, H, W, C]` and labels int32 `[N]` as records."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray):
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        return {"image": self.images[i], "label": self.labels[i]}
+
+
+class Decoded:
+    """A TFDS data source as records: decoded, cropped and resized on access, in any thread."""
+
+    def __init__(self, source, image_key: str, label_key: str, config: Data):
+        self.source, self.image_key, self.label_key, self.config = source, image_key, label_key, config
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        record = self.source[i]
+        image, label = record[self.image_key], record[self.label_key]
+        require(image.shape[-1] == self.config.channels, "data.channels", self.config.channels, f"{image.shape[-1]}, as in the data")
+        check_labels(np.asarray(label), self.config)
+        return {"image": centre_crop(image, self.config.image_size), "label": np.int32(label)}
+
+
+def check_labels(labels: np.ndarray, config: Data) -> None:
+    if labels.min() < 0 or labels.max() >= config.num_classes:
+        raise InputError(f"data.num_classes: {config.num_classes} should be more than every label of {config.name!r}, "
+                         f"which has {labels.min()} .. {labels.max()}")
+
+
+def open_dataset(config: Data) -> Dataset:
+    """The data set a config names. Raises InputError where it is not to be had or is not what the config says."""
+    if config.latents:
+        raise InputError(f"data.latents: True asks for VAE latents of {config.name!r}, which this version cannot make or read yet; "
+                         "plan, identity and parameter counts work without them")
+    dataset = digits() if config.name == "digits" else tfds_images(config)
+    if isinstance(dataset.records, InMemory):
+        check_labels(dataset.records.labels, config)
+        expected = (config.image_size, config.image_size, config.channels)
+        require(dataset.records.images.shape[1:] == expected, "data.image_size and data.channels",
+                (config.image_size, config.channels), f"those of {config.name!r}: {dataset.records.images.shape[2:]}")
+    return dataset
+
+
+def digits() -> Dataset:
+    """The 1,797 real 8x8 digits, 17 levels of grey, that scikit-learn carries (UCI, Alpaydin & Kaynak 1998)."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    return Dataset(InMemory(images, labels.astype(np.int32)), tuple("0123456789"))
+
+
+def tfds_images(config: Data) -> Dataset:
+    """Any TFDS data set of images with one label, read through `tfds.data_source` without TensorFlow."""
+    import grain
+
+    builder = tfds_builder(config.name)
+    image_key, label_key = builder.info.supervised_keys or ("image", "label")
+    names = tuple(builder.info.features[label_key].names)
+    try:
+        source = builder.as_data_source(config.split)
+    except ValueError as error:
+        raise InputError(f"data.split: {config.split!r} should be one of {', '.join(builder.info.splits)}, or a slice of one") from error
+    records = Decoded(source, image_key, label_key, config)
+    if len(records) * config.image_size**2 * config.channels <= MEMORY_LIMIT:
+        whole = grain.MapDataset.source(records).to_iter_dataset(grain.ReadOptions(num_threads=8, prefetch_buffer_size=512))
+        decoded = list(whole)
+        records = InMemory(np.stack([r["image"] for r in decoded]), np.stack([r["label"] for r in decoded]))
+    return Dataset(records, names)
+
+
+def tfds_builder(name: str):
+    """A prepared TFDS builder; downloads what is missing, or raises InputError at once where there is no network."""
+    import requests
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        near = difflib.get_close_matches(name, ["digits", *tfds.list_builders()], n=1, cutoff=0)[0]
+        raise InputError(f"data.name: {name!r} should be `digits` or a TFDS data set; the nearest is {near!r}") from error
+    supervised = builder.info.supervised_keys or ("image", "label")
+    kinds = [type(builder.info.features.get(key)) for key in supervised]
+    if kinds != [tfds.features.Image, tfds.features.ClassLabel]:
+        raise InputError(f"data.name: {name!r} should be a TFDS data set of images with one class label")
+    if not builder.is_prepared():
+        try:  # TFDS itself tries for minutes before it gives up
+            requests.head("https://storage.googleapis.com", timeout=5)
+            builder.download_and_prepare()
+        except (requests.exceptions.RequestException, tfds.download.DownloadError, AssertionError, OSError) as error:
+            reason = str(error).splitlines()[0] if not isinstance(error, requests.exceptions.RequestException) else "no network"
+            raise InputError(f"data.name: {name!r} is not in {builder.data_dir} and cannot be fetched ({reason}); set TFDS_DATA_DIR to "
+                             f"a folder that has it, or run `python -m tensorflow_datasets build {name} "
+                             "--file_format=array_record` where there is a network") from error
+    return builder
+
+
+def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0, process: int = 0, processes: int = 1
+            ) -> Iterator[dict[str, np.ndarray]]:
+    """The batches of steps start, start + 1, ...: each epoch in an order of its own, all a function of (seed, step).
+
+    Process p of P gets rows [p B / P, (p + 1) B / P) of every batch.
+    """
+    import grain
+
+    order = grain.MapDataset.source(dataset.records).seed(seed).shuffle().repeat()
+    parts = order.batch(batch_size // processes)[start * processes + process::processes]
+    return iter(parts.to_iter_dataset(grain.ReadOptions(num_threads=1 if isinstance(dataset.records, InMemory) else 16,
+                                                        prefetch_buffer_size=4)))

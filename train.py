@@ -1,0 +1,213 @@
+"""Trains a Diffusion Transformer: python train.py PRESET_OR_FILE.py [--section.field value ...]
+
+Everything of a run is kept in runs/NAME (--name, or --workdir DIR): config.json, metrics.jsonl, TensorBoard events, samples/, loss.png,
+checkpoints/. The same command again resumes it, exactly. Presets: {presets}.
+"""
+
+import contextlib
+import dataclasses
+import signal
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit import checkpoint, sampling
+from dit import config as dit_config
+from dit.config import Config, InputError
+from dit.data import Dataset, batches, open_dataset
+from dit.images import from_uint8, save_grid, to_uint8
+from dit.log import Log, Meter
+from dit.model import count_parameters, multiply_adds
+from dit.sharding import batch_sharding, make_mesh, place_batch, shardings
+from dit.state import (State, abstract_state, learning_rate, make_objective, make_optimizer, make_state, mean_over_parts, run_keys,
+                       update_ema)
+
+
+def make_train_step(config: Config):
+    """The function (state, batch) -> (state, metrics): one optimizer step, everything random in it from (seed, step)."""
+    objective, optimizer = make_objective(config), make_optimizer(config.optim, config.train.steps)
+    schedule = learning_rate(config.optim, config.train.steps)
+
+    def train_step(state: State, batch: dict[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
+        x, y = from_uint8(batch["image"]), batch["label"]  # [B, H, W, C], [B]
+        key = jax.random.fold_in(run_keys(config)[1], state.step)
+        flip_key, drop_key, noise_key = jax.random.split(key, 3)
+        if config.data.flip:
+            x = jnp.where(jax.random.bernoulli(flip_key, 0.5, (len(x), 1, 1, 1)), x[:, :, ::-1], x)
+        y = jnp.where(jax.random.bernoulli(drop_key, config.objective.label_dropout, y.shape), config.data.num_classes, y)
+
+        def loss_and_grads(part):
+            return jax.value_and_grad(objective.loss, has_aux=True)(state.model, *part)
+
+        sample_keys = jax.random.split(noise_key, len(x))
+        (loss, metrics), grads = mean_over_parts(loss_and_grads, (sample_keys, x, y), config.optim.accumulate)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+        model = jax.tree.map(jnp.add, state.model, updates)
+        ema = update_ema(state.ema, model, state.step, config.optim.ema_decay)
+        grad_norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(grads)))
+        metrics |= {"loss": loss, "grad_norm": grad_norm, "learning_rate": jnp.asarray(schedule(state.step))}
+        return State(state.step + 1, model, ema, opt_state), metrics
+
+    return train_step
+
+
+def compile_train_step(config: Config, mesh: jax.sharding.Mesh):
+    """The step compiled for a mesh, its state donated: shapes and shardings go in, no array is needed."""
+    target = abstract_state(config, mesh)
+    B, shape = config.train.batch_size, config.input_shape
+    batch = {"image": jax.ShapeDtypeStruct((B, *shape), jnp.uint8, sharding=batch_sharding(mesh)),
+             "label": jax.ShapeDtypeStruct((B,), jnp.int32, sharding=batch_sharding(mesh))}
+    step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings(target, mesh), None))
+    return step.lower(target, batch).compile()
+
+
+def make_grid_sampler(config: Config):
+    """The function (model) -> uint8 `[rows * 8, H, W, C]` from fixed noise, eight a class, and the classes of its rows."""
+    t, K = config.train, config.data.num_classes
+    classes = np.unique(np.linspace(0, K - 1, min(K, 10)).astype(int))
+    labels = jnp.asarray(classes.repeat(8))
+
+    @jax.jit
+    def sample(model):
+        denoise = sampling.guided(model, labels, K, t.guidance)
+        keys = sampling.sample_keys(t.seed, jnp.arange(len(labels)))
+        sampler = sampling.ddpm if t.sampler == "ddpm" else sampling.ddim
+        return to_uint8(sampler(make_objective(config), denoise, keys, config.input_shape, t.sample_steps, clip=True))
+
+    return sample, classes
+
+
+def start_or_resume(config: Config, dataset: Dataset) -> tuple[int | None, list[str]]:
+    """The step to resume from, None for a new run, and what to say of it. Raises InputError for a run of another kind."""
+    if not list((config.workdir / "checkpoints").glob("[0-9]*")):
+        return None, []
+    step, broken = checkpoint.newest_intact(config.workdir)
+    stored = checkpoint.stored_config(config.workdir, step)
+    told = dit_config.differences(config, stored)
+    examples = checkpoint.read_json(config.workdir, step, "position")["num_examples"]
+    if examples != len(dataset.records):
+        told.append(f"data: {len(dataset.records)} images, where the run was trained on {examples}")
+    if told:
+        raise InputError(f"{told[0]} in {str(config.workdir)!r}; a run goes on with the config it began with, so set it back or "
+                         "choose another --name")
+    for other in broken:  # out of Orbax's sight, but not lost
+        (config.workdir / "checkpoints" / str(other)).rename(config.workdir / "checkpoints" / f"broken-{other}-{int(time.time())}")
+    return step, [f"checkpoint {other}: {what}; going back to checkpoint {step}" for other, what in broken.items()]
+
+
+def prepare_workdir(config: Config) -> None:
+    """Makes the workdir and writes config.json. Raises InputError where it cannot be written."""
+    try:
+        (config.workdir / "samples").mkdir(parents=True, exist_ok=True)
+        (config.workdir / "config.json").write_text(config.to_json() + "\n")
+    except OSError as error:
+        raise InputError(f"train.workdir: {str(config.workdir)!r} should be a folder that can be written ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def stop_request():
+    """A list that is no longer empty after Ctrl-C or SIGTERM; a second signal acts as ever."""
+    asked, before = [], {}
+
+    def ask(number, frame):
+        asked.append(number)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before |= {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(config: Config) -> State:
+    """Trains, or goes on training, what a config describes, and returns the last state. Raises InputError."""
+    config.validate()
+    if config.mesh.distributed:
+        jax.distributed.initialize()
+    mesh = make_mesh(config.mesh, config.train.batch_size, config.optim.accumulate)
+    dataset = open_dataset(config.data)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=dataset.class_names))
+    resumed, news = start_or_resume(config, dataset)
+    prepare_workdir(config)
+
+    t, start = config.train, resumed or 0
+    checkpoints = checkpoint.Checkpoints(config.workdir, t.keep_last, t.keep_every)
+    state = make_state(config, mesh) if resumed is None else checkpoints.restore(start, abstract_state(config, mesh))
+    log = Log(config, start)
+    for line in news:
+        log.say(line)
+    log.say(f"{config.name}: {count_parameters(state.model):,} parameters, {multiply_adds(state.model) / 1e9:.3g} G multiply-adds an "
+            f"image, {len(dataset.records):,} images, {jax.device_count()} {jax.devices()[0].device_kind} device(s), from step {start}")
+    if start < t.steps:
+        began = time.perf_counter()
+        train_step = compile_train_step(config, mesh)
+        log.say(f"compiled in {time.perf_counter() - began:.1f} s")
+    data = batches(dataset, t.batch_size, t.seed, start, jax.process_index(), jax.process_count())
+    sample_grid, classes = make_grid_sampler(config)
+    meter, waiting, window = Meter(2 * 3 * multiply_adds(state.model)), [], []
+
+    def settle():
+        """Fetches the metrics that the device has been left to compute, and stops the run where they are not finite."""
+        for n, metrics in waiting:
+            values = {name: float(value) for name, value in metrics.items()}
+            if not np.isfinite([values["loss"], values["grad_norm"]]).all():
+                checkpoints.close()
+                log.close()
+                last = checkpoints.last_step
+                raise InputError(f"loss: {values['loss']} with gradient norm {values['grad_norm']} at step {n} should be finite; "
+                                 f"{'no checkpoint was written yet' if last is None else f'checkpoint {last} is kept'}; "
+                                 "try a lower optim.learning_rate, or optim.grad_clip")
+            window.append(values)
+            log.step(n, values["loss"])
+        waiting.clear()
+
+    with stop_request() as stop:
+        for n in range(start + 1, t.steps + 1):
+            batch = place_batch(next(data), mesh)
+            state, metrics = train_step(state, batch)
+            settle()  # of the step before: the device is already at work on this one
+            waiting.append((n, metrics))
+            meter.images += t.batch_size
+            stopping = bool(stop)
+            last = n == t.steps or stopping
+            if n % t.log_every == 0 or last:
+                settle()
+                means = {name: float(np.mean([values[name] for values in window])) for name in window[0]}
+                log.metrics(n, means | meter.read())
+                window.clear()
+            paused = time.perf_counter()
+            if last or (t.checkpoint_every and n % t.checkpoint_every == 0):
+                settle()
+                checkpoints.save(state, config, len(dataset.records))
+            if t.sample_every and (n % t.sample_every == 0 or n == t.steps):
+                settle()
+                log.grid(n, np.asarray(sample_grid(state.ema)), [config.data.class_names[k] for k in classes])
+            meter.skip(time.perf_counter() - paused)
+            if stopping:
+                log.say(f"stopped at step {n}; the same command goes on from here")
+                break
+    checkpoints.close()
+    log.close()
+    return state
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    description = __doc__.format(presets=", ".join(dit_config.preset_names()))
+    with dit_config.input_errors("train.py"):
+        if argv and not argv[0].startswith("-"):
+            config = dit_config.parse(Config, argv[1:], f"train.py {argv[0]}", description, default=dit_config.load(argv[0]))
+        else:
+            config = dit_config.parse(Config, argv, "train.py PRESET_OR_FILE.py", description)
+            raise InputError(f"preset: missing; give one of {', '.join(dit_config.preset_names())}, or a Python file")
+        train(config)
+
+
+if __name__ == "__main__":
+    main()
