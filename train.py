@@ -199,14 +199,8 @@ def train(config: Config) -> State:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    description = __doc__.format(presets=", ".join(dit_config.preset_names()))
     with dit_config.input_errors("train.py"):
-        if argv and not argv[0].startswith("-"):
-            config = dit_config.parse(Config, argv[1:], f"train.py {argv[0]}", description, default=dit_config.load(argv[0]))
-        else:
-            config = dit_config.parse(Config, argv, "train.py PRESET_OR_FILE.py", description)
-            raise InputError(f"preset: missing; give one of {', '.join(dit_config.preset_names())}, or a Python file")
-        train(config)
+        train(dit_config.from_command_line(argv, "train.py", __doc__.format(presets=", ".join(dit_config.preset_names()))))
 
 
 if __name__ == "__main__":

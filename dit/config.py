@@ -221,6 +221,14 @@ def parse(kind, argv: list[str], prog: str, description: str, default=tyro.MISSI
     raise InputError(re.sub(r"(Argument helptext:|For full helptext).*", f"(see {prog} --help)", line))
 
 
+def from_command_line(argv: list[str], prog: str, description: str) -> Config:
+    """The config of `PRESET_OR_FILE.py [--section.field value ...]`. Raises InputError."""
+    if argv and not argv[0].startswith("-"):
+        return parse(Config, argv[1:], f"{prog} {argv[0]}", description, default=load(argv[0]))
+    parse(Config, argv, f"{prog} PRESET_OR_FILE.py", description)  # answers --help
+    raise InputError(f"preset: missing; it should come first, one of {', '.join(preset_names())}, or a Python file")
+
+
 @contextlib.contextmanager
 def input_errors(prog: str):
     """Turns an InputError into one line on stderr and exit status 2."""

@@ -1,0 +1,35 @@
+# Two commands: `make demo` and `make test`. Each builds what it needs.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test parity clean
+
+demo: .venv/.demo
+	$(BIN)/python train.py digits
+	$(BIN)/python sample.py runs/digits --guidance 2 --out runs/digits/demo.png
+	@echo "A grid of digits, one class a row: runs/digits/demo.png"
+
+test: .venv/.test
+	$(BIN)/python -m pytest
+
+parity: .venv/.parity
+	$(BIN)/python -m pytest -m parity
+
+clean:
+	rm -rf .venv runs
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e .
+	@touch $@
+
+.venv/.test: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[test]'
+	@touch $@ .venv/.demo
+
+.venv/.parity: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[test,parity]'
+	@touch $@ .venv/.demo .venv/.test
