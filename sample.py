@@ -4,6 +4,7 @@ Writes a labelled grid, one class a row (.png), or `arr_0` uint8 [N, H, W, C] an
 (.npz). Sample i is a function of (--seed, i), whatever the batch size and the number of devices.
 """
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from dit import checkpoint, sampling
 from dit import config as dit_config
-from dit.config import Config, InputError, require
+from dit.config import Config, require
 from dit.images import save_grid, to_uint8
 from dit.sharding import batch_sharding, make_mesh
 from dit.state import make_objective
@@ -30,8 +31,8 @@ class Sample:
     classes: tuple[int, ...] = ()  # classes to draw, by number; none are all of them
     per_class: int = 8  # images of each class
     guidance: float = 1.0  # scale of classifier-free guidance; 1 is none, 4 makes typical pictures
-    steps: int = 250  # denoising steps
-    sampler: Literal["ddpm", "ddim"] = "ddpm"  # ancestral, or (at eta 0) deterministic
+    sampler: Literal["ddpm", "ddim"] | None = None  # ancestral, or (at eta 0) deterministic; None is the run's train.sampler
+    steps: int | None = None  # denoising steps; None is the run's train.sample_steps
     eta: float = 0.0  # noise of DDIM, from 0 to DDPM's at 1
     cfg_channels: int | None = None  # guide only the first so many channels; None guides all, 3 is the published DiT
     guidance_interval: tuple[float, float] | None = None  # guide only at timesteps from LOW to below HIGH
@@ -41,20 +42,23 @@ class Sample:
     out: str = "samples.png"  # .png for a grid, .npz for arrays
 
 
-def validate(options: Sample, config: Config) -> None:
-    """Raises InputError for the first option that the model or the command cannot meet."""
+def completed(options: Sample, config: Config) -> Sample:
+    """The options, with what they leave open taken from the model's config. Raises InputError for what the model cannot meet."""
+    options = dataclasses.replace(options, classes=options.classes or tuple(range(config.data.num_classes)),
+                                  sampler=options.sampler or config.train.sampler,
+                                  steps=config.train.sample_steps if options.steps is None else options.steps)
     K, T, C = config.data.num_classes, config.objective.num_steps, config.input_shape[2]
     for k in options.classes:
         require(0 <= k < K, "--classes", k, f"from 0 to {K - 1}: the model has {K} classes")
     require(options.per_class > 0, "--per-class", options.per_class, "more than 0")
     require(options.batch_size > 0, "--batch-size", options.batch_size, "more than 0")
     require(0 < options.steps <= T, "--steps", options.steps, f"from 1 to the model's {T} timesteps")
-    require(options.eta >= 0, "--eta", options.eta, "0 or more")
-    require(options.eta <= 1, "--eta", options.eta, "1 or less")
+    require(0 <= options.eta <= 1, "--eta", options.eta, "from 0 to 1")
     require(options.cfg_channels is None or 0 < options.cfg_channels <= C, "--cfg-channels", options.cfg_channels, f"from 1 to {C}")
     out = Path(options.out)
     require(out.suffix in (".png", ".npz"), "--out", options.out, "a .png or .npz file")
     require(out.parent.is_dir(), "--out", options.out, f"in a folder that exists, unlike {str(out.parent)!r}")
+    return options
 
 
 def make_sampler(config: Config, options: Sample):
@@ -78,7 +82,7 @@ def draw(model, config: Config, options: Sample, labels: np.ndarray) -> np.ndarr
     """uint8 `[N, H, W, C]`, image i of label i, in equal batches over all devices."""
     devices, N = jax.device_count(), len(labels)
     B = -(-min(options.batch_size, N) // devices) * devices
-    rows = batch_sharding(make_mesh(config.mesh.__class__(), B))
+    rows = batch_sharding(make_mesh(dit_config.Mesh(), B))
     sample, images = make_sampler(config, options), []
     for start in tqdm(range(0, N, B), unit="batch", disable=None):
         indices = np.minimum(np.arange(start, start + B), N - 1)  # the last batch repeats its last image
@@ -89,16 +93,15 @@ def draw(model, config: Config, options: Sample, labels: np.ndarray) -> np.ndarr
 def run(options: Sample) -> Path:
     """Draws what the options ask for and returns the file it wrote. Raises InputError."""
     step, _ = checkpoint.newest_intact(Path(options.workdir))
-    validate(options, checkpoint.stored_config(Path(options.workdir), step))
+    options = completed(options, checkpoint.stored_config(Path(options.workdir), step))
     mesh = make_mesh(dit_config.Mesh(), jax.device_count())
     model, config = checkpoint.load(options.workdir, options.ema, NamedSharding(mesh, PartitionSpec()))
-    classes = options.classes or tuple(range(config.data.num_classes))
-    labels = np.repeat(np.array(classes, np.int32), options.per_class)
+    labels = np.repeat(np.array(options.classes, np.int32), options.per_class)
     images = draw(model, config, options, labels)
     if options.out.endswith(".npz"):
         np.savez(options.out, arr_0=images, arr_1=labels.astype(np.int64))
     else:
-        save_grid(options.out, images, [config.data.class_names[k] for k in classes])
+        save_grid(options.out, images, [config.data.class_names[k] for k in options.classes])
     return Path(options.out)
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import io
 import json
+import operator
 import re
 import runpy
 import sys
@@ -172,11 +173,18 @@ def check_types(node, prefix: str = "") -> None:
             require(fits, prefix + name, value, "of type " + " or ".join(a.__name__ for a in allowed))
 
 
-def differences(ours: Config, theirs: Config, sections: tuple[str, ...]) -> list[str]:
-    """The fields of the sections in which two configs differ: ["model.depth: 4, where 6 is stored", ...]."""
-    return [f"{section}.{f.name}: {a!r}, where {b!r} is stored"
-            for section in sections for f in dataclasses.fields(getattr(ours, section))
-            if (a := getattr(getattr(ours, section), f.name)) != (b := getattr(getattr(theirs, section), f.name))]
+def differences(ours: Config, theirs: Config) -> list[str]:
+    """What keeps a run of one config from going on under another: ["model.depth: 4, where 6 is stored", ...].
+
+    Where a run computes, how it is split up, how long it lasts and what it says may change; what it computes may not.
+    """
+    free = {"model.remat", "optim.accumulate"}
+    matters = [f"{s}.{f.name}" for s in ("model", "objective", "data", "optim") for f in dataclasses.fields(getattr(ours, s))]
+    found = []
+    for name in [name for name in matters if name not in free] + ["train.batch_size", "train.seed"]:
+        a, b = (operator.attrgetter(name)(config) for config in (ours, theirs))
+        found += [f"{name}: {a!r}, where {b!r} is stored"] if a != b else []
+    return found
 
 
 def from_json(text: str) -> Config:
@@ -204,6 +212,7 @@ def load(name_or_file: str) -> Config:
     except (TypeError, SyntaxError, ImportError, NameError, AttributeError) as error:
         raise InputError(f"{path}: {error}") from error
     require(isinstance(config, Config), f"{path}: config", config, "a Config(...)")
+    check_types(config)
     return config
 
 
@@ -216,7 +225,7 @@ def parse(kind, argv: list[str], prog: str, description: str, default=tyro.MISSI
     except SystemExit as stop:
         if not stop.code:
             raise
-    lines = [re.sub(r"[╭─╮│╰╯]+", " ", line).strip() for line in told.getvalue().splitlines()[1:]]
+    lines = [re.sub(r"[╭─╮│╰╯]+|-{4,}", " ", line).strip(" |+") for line in told.getvalue().splitlines()[1:]]  # the box around it
     line = " ".join(" ".join(lines).split())
     raise InputError(re.sub(r"(Argument helptext:|For full helptext).*", f"(see {prog} --help)", line))
 

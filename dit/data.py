@@ -46,7 +46,12 @@ class Decoded:
         return len(self.source)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        record = self.source[i]
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        return [self.read(record) for record in self.source.__getitems__(indices)]
+
+    def read(self, record) -> dict[str, np.ndarray]:
         image, label = record[self.image_key], record[self.label_key]
         require(image.shape[-1] == self.config.channels, "data.channels", self.config.channels, f"{image.shape[-1]}, as in the data")
         check_labels(np.asarray(label), self.config)
@@ -84,8 +89,6 @@ def digits() -> Dataset:
 
 def tfds_images(config: Data) -> Dataset:
     """Any TFDS data set of images with one label, read through `tfds.data_source` without TensorFlow."""
-    import grain
-
     builder = tfds_builder(config.name)
     image_key, label_key = builder.info.supervised_keys or ("image", "label")
     names = tuple(builder.info.features[label_key].names)
@@ -95,8 +98,8 @@ def tfds_images(config: Data) -> Dataset:
         raise InputError(f"data.split: {config.split!r} should be one of {', '.join(builder.info.splits)}, or a slice of one") from error
     records = Decoded(source, image_key, label_key, config)
     if len(records) * config.image_size**2 * config.channels <= MEMORY_LIMIT:
-        whole = grain.MapDataset.source(records).to_iter_dataset(grain.ReadOptions(num_threads=8, prefetch_buffer_size=512))
-        decoded = list(whole)
+        N = len(records)
+        decoded = [r for start in range(0, N, 1024) for r in records.__getitems__(range(start, min(start + 1024, N)))]
         records = InMemory(np.stack([r["image"] for r in decoded]), np.stack([r["label"] for r in decoded]))
     return Dataset(records, names)
 
@@ -109,10 +112,10 @@ def tfds_builder(name: str):
     try:
         builder = tfds.builder(name, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
-        near = difflib.get_close_matches(name, ["digits", *tfds.list_builders()], n=1, cutoff=0)[0]
+        near = difflib.get_close_matches(name, ["digits", *tfds.list_builders(with_community_datasets=False)], n=1, cutoff=0)[0]
         raise InputError(f"data.name: {name!r} should be `digits` or a TFDS data set; the nearest is {near!r}") from error
-    supervised = builder.info.supervised_keys or ("image", "label")
-    kinds = [type(builder.info.features.get(key)) for key in supervised]
+    features = dict(builder.info.features)
+    kinds = [type(features.get(key)) for key in builder.info.supervised_keys or ("image", "label")]
     if kinds != [tfds.features.Image, tfds.features.ClassLabel]:
         raise InputError(f"data.name: {name!r} should be a TFDS data set of images with one class label")
     if not builder.is_prepared():

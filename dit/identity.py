@@ -56,36 +56,35 @@ def group_of(path: tuple, column: str = "") -> str:
             "blocks": f"block {'MLP' if inner == 'mlp' else inner.replace('_', '-')}"}[top]
 
 
-def awake(grads: DiT) -> dict[str, bool]:
-    """Of each group: does every tensor, in a stack every layer's, receive any gradient? A part of a group that does makes it None."""
-    touched: dict[str, list[bool]] = {}
+def reached(grads: DiT) -> dict[str, jax.Array]:
+    """Of each group: does each of its tensors, in a stack each layer's, receive any gradient? Bool `[tensors]`."""
+    found: dict[str, list[jax.Array]] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(grads)[0]:
-        layers = leaf if path[0].name == "blocks" else leaf[None]
-        pieces = {"": layers}
-        if path[0].name == "blocks" and path[1].name == "modulation":
+        stacked = path[0].name == "blocks"
+        pieces = {"": leaf if stacked else leaf[None]}  # [layers, ...]
+        if stacked and path[1].name == "modulation":
             names = ["shift", "scale", "gate"] * 2 if grads.conditioning == "adaln_zero" else ["shift", "scale"] * 2
-            parts = jnp.split(layers, len(names), axis=-1)
+            parts = jnp.split(leaf, len(names), axis=-1)
             pieces = {name: jnp.stack([p for n, p in zip(names, parts) if n == name], axis=1) for name in dict.fromkeys(names)}
         for column, piece in pieces.items():
-            any_layer = jnp.any(piece != 0, axis=tuple(range(1, piece.ndim)))
-            touched.setdefault(group_of(path, column), []).extend(any_layer.tolist())
-    return {group: True if all(found) else None if any(found) else False for group, found in touched.items()}
+            found.setdefault(group_of(path, column), []).append(jnp.any(piece != 0, axis=tuple(range(1, piece.ndim))))
+    return {group: jnp.concatenate(flags) for group, flags in found.items()}
 
 
-def waking(config: Config, key: jax.Array, steps: int = 3) -> list[dict[str, bool]]:
-    """What receives any gradient of the training loss at each of the first steps of plain gradient descent."""
-    objective, model = make_objective(config), make_model(config, key)
-    history = []
+def waking(config: Config, key: jax.Array, steps: int = 3) -> list[dict[str, bool | None]]:
+    """What the training loss's gradient reaches at each of the first steps of plain gradient descent; None is a part of a group."""
+    objective, history = make_objective(config), []
+    model = jax.jit(lambda: make_model(config, key))()
 
     @jax.jit
-    def gradient(model, key):
+    def descend(model, key):
         x, _, y = random_inputs(model, key)
-        return jax.grad(lambda m: objective.loss(m, key, jnp.tanh(x), y)[0])(model)
+        grads = jax.grad(lambda m: objective.loss(m, key, jnp.tanh(x), y)[0])(model)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, model, grads), reached(grads)
 
     for step in range(steps):
-        grads = gradient(model, jax.random.fold_in(key, step))
-        history.append(awake(grads))
-        model = jax.tree.map(lambda p, g: p - 0.1 * g, model, grads)
+        model, groups = descend(model, jax.random.fold_in(key, step))
+        history.append({group: True if flags.all() else None if flags.any() else False for group, flags in jax.device_get(groups).items()})
     return history
 
 

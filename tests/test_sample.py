@@ -1,0 +1,105 @@
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, awaken, largest_difference
+from PIL import Image
+
+import sample
+import train
+from dit import checkpoint
+from dit.state import make_model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run whose weights, average and last, are awake and differ."""
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    before = train.make_state
+
+    def awake_state(config, mesh):
+        state = before(config, mesh)
+        placements = jax.tree.map(lambda leaf: leaf.sharding, state)
+        model = jax.device_put(state.model, jax.devices()[0])
+        return jax.device_put(dataclasses.replace(state, model=awaken(model, 0.05), ema=awaken(model, 0.05, seed=9)), placements)
+
+    train.make_state = awake_state
+    try:
+        train.main([*TINY, "--workdir", str(workdir), "--train.steps", "2", "--optim.ema-decay", "0.5"])
+    finally:
+        train.make_state = before
+    return workdir
+
+
+def draw(run, tmp_path, *flags):
+    sample.main([str(run), "--steps", "5", "--out", str(tmp_path / "x.npz"), *flags])
+    arrays = np.load(tmp_path / "x.npz")
+    assert set(arrays) == {"arr_0", "arr_1"} and arrays["arr_0"].dtype == np.uint8 and arrays["arr_1"].dtype == np.int64
+    return arrays["arr_0"], arrays["arr_1"]
+
+
+def test_load_gives_the_average_unless_told_otherwise(run):
+    (ema, config), (last, _) = checkpoint.load(run), checkpoint.load(run, ema=False)
+    assert config.name == "digits" and largest_difference(ema, last) > 0.01
+    fresh = jax.eval_shape(lambda: make_model(config, jax.random.key(0)))
+    assert jax.tree.map(lambda leaf: leaf.shape, ema) == jax.tree.map(lambda leaf: leaf.shape, fresh)
+    assert ema(jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), jnp.zeros(1, int)).shape == (1, 8, 8, 2)
+
+
+def test_npz_holds_images_and_labels_in_the_order_asked_for(run, tmp_path):
+    images, labels = draw(run, tmp_path, "--classes", "3", "5", "8", "--per-class", "2")
+    assert images.shape == (6, 8, 8, 1) and labels.tolist() == [3, 3, 5, 5, 8, 8] and images.std() > 0
+    images, labels = draw(run, tmp_path, "--per-class", "1")
+    assert labels.tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("flags", [["--sampler", "ddpm"], ["--sampler", "ddim", "--eta", "0.5", "--guidance", "2"]])
+def test_batch_size_does_not_change_a_sample_and_seed_does(run, tmp_path, flags):
+    whole, _ = draw(run, tmp_path, "--classes", "3", "4", "--per-class", "10", *flags)
+    parts, _ = draw(run, tmp_path, "--classes", "3", "4", "--per-class", "10", "--batch-size", "7", *flags)  # 8 devices: batches of 8
+    other, _ = draw(run, tmp_path, "--classes", "3", "4", "--per-class", "10", "--seed", "1", *flags)
+    assert np.abs(whole.astype(int) - parts).max() <= 1 and (whole != other).mean() > 0.5
+
+
+def test_every_option_changes_what_it_should(run, tmp_path):
+    base, _ = draw(run, tmp_path, "--classes", "3", "--sampler", "ddim")
+    for flags in (["--guidance", "3"], ["--no-ema"], ["--eta", "1"], ["--sampler", "ddpm"], ["--steps", "9"]):
+        assert (draw(run, tmp_path, "--classes", "3", "--sampler", "ddim", *flags)[0] != base).any(), flags
+    guided, _ = draw(run, tmp_path, "--classes", "3", "--sampler", "ddim", "--guidance", "3")
+    partly, _ = draw(run, tmp_path, "--classes", "3", "--sampler", "ddim", "--guidance", "3", "--guidance-interval", "20", "60")
+    never, _ = draw(run, tmp_path, "--classes", "3", "--sampler", "ddim", "--guidance", "3", "--guidance-interval", "500", "600")
+    assert (partly != guided).any() and (partly != base).any() and np.abs(never.astype(int) - base).max() <= 1
+
+
+def test_png_is_a_labelled_grid_one_class_a_row(run, tmp_path, capsys):
+    out = tmp_path / "x.png"
+    sample.main([str(run), "--classes", "3", "5", "--per-class", "4", "--steps", "3", "--out", str(out)])
+    width, height = Image.open(out).size
+    assert height == 2 * 66 + 2 and width > 4 * 66 and f"wrote {out}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--classes", "3", "10"], "--classes: 10 should be from 0 to 9: the model has 10 classes"),
+    (["--classes", "-1"], "--classes: -1 should be from 0 to 9"),
+    (["--classes", "cat"], "Error parsing --classes"),
+    (["--steps", "102"], "--steps: 102 should be from 1 to the model's 101 timesteps"),
+    (["--steps", "0"], "--steps: 0 should be from 1"),
+    (["--eta", "2"], "--eta: 2.0 should be from 0 to 1"),
+    (["--cfg-channels", "2"], "--cfg-channels: 2 should be from 1 to 1"),
+    (["--per-class", "0"], "--per-class: 0 should be more than 0"),
+    (["--out", "x.jpg"], "--out: 'x.jpg' should be a .png or .npz file"),
+    (["--out", "nowhere/x.png"], "--out: 'nowhere/x.png' should be in a folder that exists"),
+    (["--sampler", "euler"], "--sampler"),
+])
+def test_options_that_cannot_be_are_refused(refused, run, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in refused(sample.main, run, *flags)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workdir_without_a_checkpoint_is_refused(refused, tmp_path):
+    line = refused(sample.main, tmp_path, "--out", tmp_path / "x.png")
+    assert re.search(r"workdir: '.*' should hold an intact checkpoint in checkpoints/ \(train.py writes them\)", line)
