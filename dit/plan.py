@@ -4,6 +4,7 @@ Prints parameters, multiply-adds, and bytes of state a device. With a TPU topolo
 there (needs the `plan` extra, libtpu) and prints what the compiler says of its memory. Exit status 0 if it fits, 1 if it does not.
 """
 
+import math
 import os
 import sys
 
@@ -34,8 +35,7 @@ def topology_devices(name: str) -> list[jax.Device]:
 
 def bytes_per_device(state: State) -> int:
     """Of the largest share that any device holds of an abstract state."""
-    return sum(leaf.dtype.itemsize * int(jax.numpy.prod(jax.numpy.array(leaf.sharding.shard_shape(leaf.shape)))) if leaf.ndim else 4
-               for leaf in jax.tree.leaves(state))
+    return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state))
 
 
 def plan(config: Config, topology: str | None) -> bool:
