@@ -45,7 +45,7 @@ def test_load_gives_the_average_unless_told_otherwise(run):
     (ema, config), (last, _) = checkpoint.load(run), checkpoint.load(run, ema=False)
     assert config.name == "digits" and largest_difference(ema, last) > 1e-3
     fresh = jax.eval_shape(lambda: make_model(config, jax.random.key(0)))
-    assert jax.tree.map(lambda leaf: leaf.shape, ema) == jax.tree.map(lambda leaf: leaf.shape, fresh)
+    assert [leaf.shape for leaf in jax.tree.leaves(ema)] == [leaf.shape for leaf in jax.tree.leaves(fresh)]
     assert ema(jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), jnp.zeros(1, int)).shape == (1, 8, 8, 2)
 
 

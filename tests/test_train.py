@@ -89,7 +89,7 @@ def test_a_finished_run_is_left_alone_and_a_longer_one_goes_on(whole_run, tmp_pa
 @pytest.mark.parametrize("flags, words", [
     (["--model.depth", "3"], "model.depth: 3, where 2 is stored"),
     (["--train.seed", "1"], "train.seed: 1, where 0 is stored"),
-    (["--optim.learning-rate", "0.5"], "optim.learning_rate: 0.5, where 0.001 is stored"),
+    (["--optim.learning-rate", "0.5"], "optim.learning_rate: 0.5, where 0.002 is stored"),
 ])
 def test_a_workdir_of_another_run_is_refused_by_the_field(refused, whole_run, flags, words):
     before = sorted(p.as_posix() for p in whole_run.rglob("*"))
