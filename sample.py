@@ -8,7 +8,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from dit.state import make_objective
 
 @dataclass(frozen=True)
 class Sample:
-    workdir: tyro.conf.Positional[str]  # a run's folder, such as runs/digits
+    workdir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR")]  # a run's folder, such as runs/digits
     classes: tuple[int, ...] = ()  # classes to draw, by number; none are all of them
     per_class: int = 8  # images of each class
     guidance: float = 1.0  # scale of classifier-free guidance; 1 is none, 4 makes typical pictures

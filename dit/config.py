@@ -233,8 +233,8 @@ def parse(kind, argv: list[str], prog: str, description: str, default=tyro.MISSI
 def from_command_line(argv: list[str], prog: str, description: str) -> Config:
     """The config of `PRESET_OR_FILE.py [--section.field value ...]`. Raises InputError."""
     if argv and not argv[0].startswith("-"):
-        return parse(Config, argv[1:], f"{prog} {argv[0]}", description, default=load(argv[0]))
-    parse(Config, argv, f"{prog} PRESET_OR_FILE.py", description)  # answers --help
+        return parse(tyro.conf.FlagConversionOff[Config], argv[1:], f"{prog} {argv[0]}", description, default=load(argv[0]))
+    parse(tyro.conf.FlagConversionOff[Config], argv, f"{prog} PRESET_OR_FILE.py", description)  # answers --help
     raise InputError(f"preset: missing; it should come first, one of {', '.join(preset_names())}, or a Python file")
 
 
