@@ -92,10 +92,9 @@ def draw(model, config: Config, options: Sample, labels: np.ndarray) -> np.ndarr
 
 def run(options: Sample) -> Path:
     """Draws what the options ask for and returns the file it wrote. Raises InputError."""
-    step, _ = checkpoint.newest_intact(Path(options.workdir))
-    options = completed(options, checkpoint.stored_config(Path(options.workdir), step))
     mesh = make_mesh(dit_config.Mesh(), jax.device_count())
     model, config = checkpoint.load(options.workdir, options.ema, NamedSharding(mesh, PartitionSpec()))
+    options = completed(options, config)
     labels = np.repeat(np.array(options.classes, np.int32), options.per_class)
     images = draw(model, config, options, labels)
     if options.out.endswith(".npz"):

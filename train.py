@@ -13,6 +13,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dit import checkpoint, sampling
 from dit import config as dit_config
@@ -64,20 +65,19 @@ def compile_train_step(config: Config, mesh: jax.sharding.Mesh):
     return step.lower(target, batch).compile()
 
 
-def make_grid_sampler(config: Config):
+def make_grid_sampler(config: Config, mesh: jax.sharding.Mesh):
     """The function (model) -> uint8 `[rows * 8, H, W, C]` from fixed noise, eight a class, and the classes of its rows."""
     t, K = config.train, config.data.num_classes
     classes = np.unique(np.linspace(0, K - 1, min(K, 10)).astype(int))
     labels = jnp.asarray(classes.repeat(8))
 
-    @jax.jit
     def sample(model):
         denoise = sampling.guided(model, labels, K, t.guidance)
         keys = sampling.sample_keys(t.seed, jnp.arange(len(labels)))
         sampler = sampling.ddpm if t.sampler == "ddpm" else sampling.ddim
         return to_uint8(sampler(make_objective(config), denoise, keys, config.input_shape, t.sample_steps, clip=True))
 
-    return sample, classes
+    return jax.jit(sample, out_shardings=NamedSharding(mesh, PartitionSpec())), classes  # whole on every process
 
 
 def start_or_resume(config: Config, dataset: Dataset) -> tuple[int | None, list[str]]:
@@ -93,8 +93,9 @@ def start_or_resume(config: Config, dataset: Dataset) -> tuple[int | None, list[
     if told:
         raise InputError(f"{told[0]} in {str(config.workdir)!r}; a run goes on with the config it began with, so set it back or "
                          "choose another --name")
-    for other in broken:  # out of Orbax's sight, but not lost
-        (config.workdir / "checkpoints" / str(other)).rename(config.workdir / "checkpoints" / f"broken-{other}-{int(time.time())}")
+    if jax.process_index() == 0:
+        for other in broken:  # out of Orbax's sight, but not lost
+            (config.workdir / "checkpoints" / str(other)).rename(config.workdir / "checkpoints" / f"broken-{other}-{int(time.time())}")
     return step, [f"checkpoint {other}: {what}; going back to checkpoint {step}" for other, what in broken.items()]
 
 
@@ -102,7 +103,8 @@ def prepare_workdir(config: Config) -> None:
     """Makes the workdir and writes config.json. Raises InputError where it cannot be written."""
     try:
         (config.workdir / "samples").mkdir(parents=True, exist_ok=True)
-        (config.workdir / "config.json").write_text(config.to_json() + "\n")
+        if jax.process_index() == 0:
+            (config.workdir / "config.json").write_text(config.to_json() + "\n")
     except OSError as error:
         raise InputError(f"train.workdir: {str(config.workdir)!r} should be a folder that can be written ({error.strerror})") from error
 
@@ -149,7 +151,7 @@ def train(config: Config) -> State:
         train_step = compile_train_step(config, mesh)
         log.say(f"compiled in {time.perf_counter() - began:.1f} s")
     data = batches(dataset, t.batch_size, t.seed, start, jax.process_index(), jax.process_count())
-    sample_grid, classes = make_grid_sampler(config)
+    sample_grid, classes = make_grid_sampler(config, mesh)
     meter, waiting, window = Meter(2 * 3 * multiply_adds(state.model)), [], []
 
     def settle():

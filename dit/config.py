@@ -7,6 +7,7 @@ The comment behind a field is its text in `--help`.
 import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import io
 import json
 import operator
@@ -146,6 +147,7 @@ class Config:
         require(m.hidden_size % 4 == 0, "model.hidden_size", m.hidden_size, "a multiple of 4, for the sin-cos positions")
         require(t.batch_size % p.accumulate == 0, "train.batch_size", t.batch_size, f"a multiple of optim.accumulate = {p.accumulate}")
         require(t.sample_steps <= o.num_steps, "train.sample_steps", t.sample_steps, f"at most objective.num_steps = {o.num_steps}")
+        require(not t.wandb or importlib.util.find_spec("wandb"), "train.wandb", t.wandb, "False, or wandb be installed")
         return self
 
     def to_json(self) -> str:

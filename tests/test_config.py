@@ -33,6 +33,7 @@ def test_every_preset_is_valid_and_survives_json(name):
     (dict(optim=dict(ema_decay=1.0)), "optim.ema_decay: 1.0 should be from 0 to below 1"),
     (dict(objective=dict(label_dropout=1.5)), "objective.label_dropout: 1.5 should be a probability"),
     (dict(objective=dict(schedule="linear", num_steps=20), train=dict(sample_steps=3)), "objective.num_steps: 20 should be more than 20"),
+    (dict(train=dict(wandb=True)), "train.wandb: True should be False, or wandb be installed"),
     (dict(data=dict(latents=True, image_size=100)), "data.image_size: 100 should be a multiple of 8, the VAE's factor"),
     (dict(data=dict(latents=True, image_size=248)), "data.image_size: 248 should be a multiple of model.patch_size = 2 times the VAE's 8"),
 ])
@@ -43,7 +44,8 @@ def test_a_config_that_cannot_be_is_refused_by_field_value_and_remedy(sections, 
 
 
 def test_integers_serve_as_floats_and_none_where_it_may_stand():
-    tiny_config(optim=dict(learning_rate=1, grad_clip=None), model=dict(mlp_ratio=2)).validate()
+    config_with = tiny_config(optim=dict(learning_rate=1, grad_clip=None), model=dict(mlp_ratio=2))
+    assert config_with.validate() is config_with
 
 
 @pytest.mark.parametrize("argv, words", [

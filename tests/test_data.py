@@ -10,8 +10,8 @@ from dit import config, data
 from dit.config import Data, InputError
 
 CIFAR10 = Data(name="cifar10", image_size=32, channels=3)
-has_cifar10 = (Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser() / "cifar10").is_dir()
-needs_cifar10 = pytest.mark.skipif(not has_cifar10, reason="no CIFAR-10 in TFDS_DATA_DIR")
+TFDS_DATA_DIR = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+needs_cifar10 = pytest.mark.skipif(not (TFDS_DATA_DIR / "cifar10").is_dir(), reason="no CIFAR-10 in TFDS_DATA_DIR")
 
 
 def take(dataset, count, **options):
@@ -108,6 +108,13 @@ def test_cifar10_that_is_not_what_the_config_says_is_refused(changed, words):
     with pytest.raises(InputError) as refusal:
         data.open_dataset(Data(**(dict(name="cifar10", image_size=32, channels=3) | changed)))
     assert words in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.skipif(not (TFDS_DATA_DIR / "imagenet2012").is_dir(), reason="no ImageNet in TFDS_DATA_DIR")
+def test_images_of_many_sizes_are_cropped_to_one():
+    imagenet = data.open_dataset(Data(name="imagenet2012", split="validation", image_size=23, channels=3, num_classes=1000))
+    assert imagenet.records.images.shape[1:] == (23, 23, 3) and len(imagenet.class_names) == 1000
+    assert imagenet.records.images.std() > 30 and len(imagenet.records) == len(imagenet.records.labels)
 
 
 @needs_cifar10

@@ -123,10 +123,10 @@ def test_ema_follows_early_and_averages_late():
     assert float(update_ema(ema, model, jnp.int32(100_000), 0.99)["w"][0]) == pytest.approx(0.01)
 
 
-def test_label_dropout_and_flips_reach_the_network(monkeypatch):
+def test_label_dropout_flips_and_keys_reach_the_network(monkeypatch):
     class Spy:
         def loss(self, model, key, x, y):
-            return 0 * model["w"], {"x": x, "y": y}
+            return 0 * model["w"], {"x": x, "y": y, "keys": jax.random.key_data(key)}
 
     monkeypatch.setattr(train, "make_objective", lambda config: Spy())
     images = jnp.arange(64, dtype=jnp.uint8).reshape(1, 8, 8, 1).repeat(800, axis=0)
@@ -134,7 +134,10 @@ def test_label_dropout_and_flips_reach_the_network(monkeypatch):
         config = tiny_config(objective=dict(label_dropout=dropout), data=dict(flip=flip))
         model = {"w": jnp.float32(1)}
         state = State(jnp.int32(0), model, model, make_optimizer(config.optim, 1).init(model))
-        _, seen = jax.jit(train.make_train_step(config))(state, {"image": images, "label": jnp.full(800, 4)})
+        step, batch = jax.jit(train.make_train_step(config)), {"image": images, "label": jnp.full(800, 4)}
+        after, seen = step(state, batch)
+        keys = np.concatenate([seen["keys"], step(after, batch)[1]["keys"], step(state, batch)[1]["keys"]])
+        assert len(np.unique(keys, axis=0)) == 1600, "each sample of each step has a key of its own, and step n always the same"
         x, y = seen["x"], np.asarray(seen["y"])
         mirrored = np.asarray(x[:, 0, 0, 0] > x[:, 0, -1, 0])
         assert set(y.tolist()) <= {4, 10}
