@@ -68,13 +68,13 @@ def test_devices_shards_parts_and_remat_do_not_change_a_run(one_device, changed,
 
 def test_the_rule_shards_the_largest_axis_that_divides_and_never_the_layers(monkeypatch):
     monkeypatch.setattr(sharding, "SMALL", 100)
-    config = tiny_config(model=dict(hidden_size=40, depth=8), mesh=dict(fsdp=8))
+    config = tiny_config(model=dict(hidden_size=40, depth=80), mesh=dict(fsdp=8))  # more layers than channels
     mesh = sharding.make_mesh(config.mesh, 16)
     model = abstract_state(config, mesh).model
     spec = lambda leaf: tuple(leaf.sharding.spec)  # noqa: E731
-    assert spec(model.blocks.attention.qkv.kernel) == (None, None, "fsdp")  # [8, 40, 120]
-    assert spec(model.blocks.mlp.down.kernel) == (None, "fsdp", None)  # [8, 160, 40]
-    assert spec(model.blocks.attention.proj.bias) == (None, "fsdp")  # [8, 40]: the layer axis divides too
+    assert spec(model.blocks.attention.qkv.kernel) == (None, None, "fsdp")  # [80, 40, 120]
+    assert spec(model.blocks.mlp.down.kernel) == (None, "fsdp", None)  # [80, 160, 40]
+    assert spec(model.blocks.attention.proj.bias) == (None, "fsdp")  # [80, 40]: the layer axis divides too
     assert spec(model.label_embed.embedding) == (None, "fsdp")  # [11, 40]
     assert spec(model.final.linear.bias) == (None,)  # small
     opt_state = abstract_state(config, mesh).opt_state

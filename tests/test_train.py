@@ -153,6 +153,23 @@ def test_sigterm_saves_and_stops(tmp_path):
     assert process.returncode == 0 and f"stopped at step {step}; the same command goes on from here" in said and step < 1_000_000
 
 
+def test_two_processes_make_the_run_of_one_and_only_the_first_speaks(whole_run, tmp_path):
+    """Two hosts in small: two processes of one CPU device each, found by the variables that Slurm sets, parameters spread over both."""
+    def start(rank: int, steps: int) -> subprocess.Popen:
+        slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2",
+                 "SLURM_PROCID": str(rank), "SLURM_LOCALID": "0", "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "train.py", *TINY, "--workdir", str(tmp_path), "--train.steps", str(steps), "--mesh.fsdp", "2",
+                   "--mesh.distributed", "True"]
+        return subprocess.Popen(command, cwd=ROOT, env=os.environ | slurm, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    for steps in (2, 3):  # a run, and its resumption
+        answers = [process.communicate(timeout=240) for process in [start(rank, steps) for rank in (0, 1)]]
+        assert f"step {steps}/{steps}" in answers[0][0], answers
+        assert "step" not in answers[1][0] and "parameters" not in answers[1][0]
+    for a, b in zip(rows(tmp_path), rows(whole_run)[:3], strict=True):
+        assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
 def test_a_workdir_that_cannot_be_written_is_refused(refused, tmp_path):
     (tmp_path / "file").write_text("")
     line = refused(train.main, *TINY, "--workdir", tmp_path / "file/run")
