@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax.sharding import NamedSharding, PartitionSpec

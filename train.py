@@ -13,13 +13,14 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dit import checkpoint, sampling
 from dit import config as dit_config
 from dit.config import Config, InputError
 from dit.data import Dataset, batches, open_dataset
-from dit.images import from_uint8, save_grid, to_uint8
+from dit.images import from_uint8, to_uint8
 from dit.log import Log, Meter
 from dit.model import count_parameters, multiply_adds
 from dit.sharding import batch_sharding, make_mesh, place_batch, shardings
@@ -46,10 +47,9 @@ def make_train_step(config: Config):
         sample_keys = jax.random.split(noise_key, len(x))
         (loss, metrics), grads = mean_over_parts(loss_and_grads, (sample_keys, x, y), config.optim.accumulate)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
-        model = jax.tree.map(jnp.add, state.model, updates)
+        model = optax.apply_updates(state.model, updates)
         ema = update_ema(state.ema, model, state.step, config.optim.ema_decay)
-        grad_norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(grads)))
-        metrics |= {"loss": loss, "grad_norm": grad_norm, "learning_rate": jnp.asarray(schedule(state.step))}
+        metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads), "learning_rate": jnp.asarray(schedule(state.step))}
         return State(state.step + 1, model, ema, opt_state), metrics
 
     return train_step

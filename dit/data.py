@@ -4,6 +4,7 @@ Batches are dicts of NumPy arrays: `image` uint8 `[B, H, W, C]` and `label` int3
 """
 
 import difflib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -109,6 +110,7 @@ def tfds_builder(name: str):
     import requests
     import tensorflow_datasets as tfds
 
+    logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS warns of folders that are not there, which is told below
     try:
         builder = tfds.builder(name, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
@@ -125,8 +127,7 @@ def tfds_builder(name: str):
         except (requests.exceptions.RequestException, tfds.download.DownloadError, AssertionError, OSError) as error:
             reason = str(error).splitlines()[0] if not isinstance(error, requests.exceptions.RequestException) else "no network"
             raise InputError(f"data.name: {name!r} is not in {builder.data_dir} and cannot be fetched ({reason}); set TFDS_DATA_DIR to "
-                             f"a folder that has it, or run `python -m tensorflow_datasets build {name} "
-                             "--file_format=array_record` where there is a network") from error
+                             "a folder that has it, or run the same command once where there is a network") from error
     return builder
 
 

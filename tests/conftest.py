@@ -53,8 +53,8 @@ def tiny_config(**sections) -> Config:
     return dataclasses.replace(config, **changed)
 
 
-TINY = ["digits", "--model.hidden-size", "20", "--model.depth", "2", "--model.num-heads", "5", "--train.batch-size", "16", "--train.log-every",
-        "1", "--train.sample-every", "0", "--train.sample-steps", "3", "--objective.num-steps", "101", "--optim.schedule", "constant"]
+TINY = """digits --model.hidden-size 20 --model.depth 2 --model.num-heads 5 --train.batch-size 16 --train.log-every 1
+          --train.sample-every 0 --train.sample-steps 3 --objective.num-steps 101 --optim.schedule constant""".split()
 
 
 @pytest.fixture

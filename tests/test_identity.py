@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +66,8 @@ def test_one_wrong_bit_in_one_block_is_caught():
 
 def test_the_command_reports_and_answers_by_its_exit_status(capsys):
     tiny = ["--model.hidden-size", "20", "--model.depth", "2", "--model.num-heads", "5"]
-    for design, status, words in [("adaln_zero", 0, "every one of the 2 blocks is the identity"), ("adaln", 1, "NOT the identity: block 0")]:
+    for design, status, words in [("adaln_zero", 0, "every one of the 2 blocks is the identity"),
+                                  ("adaln", 1, "NOT the identity: block 0")]:
         with pytest.raises(SystemExit) as stop:
             identity.main(["digits", *tiny, "--model.conditioning", design])
         out = capsys.readouterr().out
@@ -86,5 +85,5 @@ def test_imagenet_presets_can_be_built_without_their_data():
     from dit.state import make_model
 
     for name, parameters in [("imagenet256_xl2", 674_834_720), ("imagenet256_b2", 130_315_808)]:
-        preset = dataclasses.replace(config.load(name).validate())
+        preset = config.load(name).validate()
         assert dit_model.count_parameters(jax.eval_shape(lambda: make_model(preset, jax.random.key(0)))) == parameters

@@ -43,11 +43,15 @@ def torch_forward(w, model, x, t, y):
     return F.fold(out, model.input_size, p, stride=p)  # [B, 2C, H, W]
 
 
+def by_name(model) -> dict:
+    return {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf
+            for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]}
+
+
 def torch_weights(model):
     import torch
 
-    return {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): torch.tensor(np.asarray(leaf), requires_grad=True)
-            for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]}
+    return {name: torch.tensor(np.asarray(leaf), requires_grad=True) for name, leaf in by_name(model).items()}
 
 
 def relative(ours, theirs) -> float:
@@ -67,8 +71,7 @@ def test_outputs_and_gradients_equal_torchs():
     theirs.square().sum().backward()
     grads, x_grad = jax.grad(lambda m, x: jnp.square(m(x, t, y)).sum(), argnums=(0, 1))(model, x)
     assert relative(x_grad, tx.grad.permute(0, 2, 3, 1).numpy()) < 1e-4
-    ours = {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf
-            for path, leaf in jax.tree_util.tree_flatten_with_path(grads)[0]}
+    ours = by_name(grads)
     assert ours.keys() == weights.keys()
     for name, leaf in ours.items():
         assert relative(leaf, weights[name].grad.numpy()) < 1e-4, name

@@ -181,8 +181,11 @@ def test_a_workdir_that_cannot_be_written_is_refused(refused, tmp_path):
 
 def test_a_python_file_is_as_good_as_a_preset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text("from dit.config import *\nconfig = Config(name='mine', model=Model(hidden_size=20, depth=1, num_heads=5), "
-                                      "train=Train(batch_size=8, steps=2, dtype='float32', sample_every=0))\n")
+    (tmp_path / "mine.py").write_text("""
+from dit.config import *
+config = Config(name="mine", model=Model(hidden_size=20, depth=1, num_heads=5),
+                train=Train(batch_size=8, steps=2, dtype="float32", sample_every=0))
+""")
     train.main(["mine.py"])
     assert checkpoint.newest_intact(tmp_path / "runs/mine")[0] == 2
 
