@@ -5,6 +5,7 @@ Writes a labelled grid, one class a row (.png), or `arr_0` uint8 [N, H, W, C] an
 """
 
 import dataclasses
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,8 @@ def completed(options: Sample, config: Config) -> Sample:
     out = Path(options.out)
     require(out.suffix in (".png", ".npz"), "--out", options.out, "a .png or .npz file")
     require(out.parent.is_dir(), "--out", options.out, f"in a folder that exists, unlike {str(out.parent)!r}")
+    require(not out.is_dir() and os.access(out.parent, os.W_OK), "--out", options.out, "a file that can be written")
+    require(0 <= options.seed < 2**32, "--seed", options.seed, "from 0 to 2^32 - 1")
     return options
 
 

@@ -14,18 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dit import checkpoint, sampling
+from dit import checkpoint
 from dit import config as dit_config
 from dit.config import Config, InputError
 from dit.data import Dataset, batches, open_dataset
-from dit.images import from_uint8, to_uint8
+from dit.images import from_uint8
 from dit.log import Log, Meter
 from dit.model import count_parameters, multiply_adds
 from dit.sharding import batch_sharding, make_mesh, place_batch, shardings
 from dit.state import (State, abstract_state, learning_rate, make_objective, make_optimizer, make_state, mean_over_parts, run_keys,
                        update_ema)
+from sample import Sample, make_sampler
 
 
 def make_train_step(config: Config):
@@ -70,19 +72,14 @@ def make_grid_sampler(config: Config, mesh: jax.sharding.Mesh):
     t, K = config.train, config.data.num_classes
     classes = np.unique(np.linspace(0, K - 1, min(K, 10)).astype(int))
     labels = jnp.asarray(classes.repeat(8))
-
-    def sample(model):
-        denoise = sampling.guided(model, labels, K, t.guidance)
-        keys = sampling.sample_keys(t.seed, jnp.arange(len(labels)))
-        sampler = sampling.ddpm if t.sampler == "ddpm" else sampling.ddim
-        return to_uint8(sampler(make_objective(config), denoise, keys, config.input_shape, t.sample_steps, clip=True))
-
-    return jax.jit(sample, out_shardings=NamedSharding(mesh, PartitionSpec())), classes  # whole on every process
+    sample = make_sampler(config, Sample("", sampler=t.sampler, steps=t.sample_steps, guidance=t.guidance, seed=t.seed))
+    whole = NamedSharding(mesh, PartitionSpec())  # on every process
+    return jax.jit(lambda model: sample(model, labels, jnp.arange(len(labels))), out_shardings=whole), classes
 
 
 def start_or_resume(config: Config, dataset: Dataset) -> tuple[int | None, list[str]]:
     """The step to resume from, None for a new run, and what to say of it. Raises InputError for a run of another kind."""
-    if not list((config.workdir / "checkpoints").glob("[0-9]*")):
+    if not checkpoint.steps(config.workdir):
         return None, []
     step, broken = checkpoint.newest_intact(config.workdir)
     stored = checkpoint.stored_config(config.workdir, step)
@@ -93,16 +90,19 @@ def start_or_resume(config: Config, dataset: Dataset) -> tuple[int | None, list[
     if told:
         raise InputError(f"{told[0]} in {str(config.workdir)!r}; a run goes on with the config it began with, so set it back or "
                          "choose another --name")
+    multihost_utils.sync_global_devices("all have looked")
     if jax.process_index() == 0:
         for other in broken:  # out of Orbax's sight, but not lost
             (config.workdir / "checkpoints" / str(other)).rename(config.workdir / "checkpoints" / f"broken-{other}-{int(time.time())}")
+    multihost_utils.sync_global_devices("the damaged are out of sight")
     return step, [f"checkpoint {other}: {what}; going back to checkpoint {step}" for other, what in broken.items()]
 
 
 def prepare_workdir(config: Config) -> None:
     """Makes the workdir and writes config.json. Raises InputError where it cannot be written."""
     try:
-        (config.workdir / "samples").mkdir(parents=True, exist_ok=True)
+        for folder in ("samples", "checkpoints"):
+            (config.workdir / folder).mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             (config.workdir / "config.json").write_text(config.to_json() + "\n")
     except OSError as error:
@@ -114,31 +114,47 @@ def stop_request():
     """A list that is no longer empty after Ctrl-C or SIGTERM; a second signal acts as ever."""
     asked, before = [], {}
 
-    def ask(number, frame):
-        asked.append(number)
+    def restore():
         for number, handler in before.items():
             signal.signal(number, handler)
+
+    def ask(number, frame):
+        asked.append(number)
+        restore()
 
     before |= {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()
+
+
+def agreed(asked: bool) -> bool:
+    """Whether any process was asked to stop."""
+    return asked if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(asked)).any())
+
+
+def connect(config: Config) -> None:
+    """Joins the other hosts, where there are any. Raises InputError."""
+    if config.mesh.distributed:
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"mesh.distributed: True should be set on hosts that find each other: Cloud TPU, Slurm, Open MPI, "
+                             f"Kubernetes ({' '.join(str(error).split())})") from error
 
 
 def train(config: Config) -> State:
     """Trains, or goes on training, what a config describes, and returns the last state. Raises InputError."""
     config.validate()
-    if config.mesh.distributed:
-        jax.distributed.initialize()
+    connect(config)
     mesh = make_mesh(config.mesh, config.train.batch_size, config.optim.accumulate)
     dataset = open_dataset(config.data)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=dataset.class_names))
     resumed, news = start_or_resume(config, dataset)
-    prepare_workdir(config)
-
     t, start = config.train, resumed or 0
+    if resumed is None or start < t.steps:
+        prepare_workdir(config)
     checkpoints = checkpoint.Checkpoints(config.workdir, t.keep_last, t.keep_every)
     state = make_state(config, mesh) if resumed is None else checkpoints.restore(start, abstract_state(config, mesh))
     log = Log(config, start)
@@ -150,6 +166,8 @@ def train(config: Config) -> State:
         began = time.perf_counter()
         train_step = compile_train_step(config, mesh)
         log.say(f"compiled in {time.perf_counter() - began:.1f} s")
+    else:
+        log.say(f"already at step {start}: nothing to do before --train.steps {start + 1}")
     data = batches(dataset, t.batch_size, t.seed, start, jax.process_index(), jax.process_count())
     sample_grid, classes = make_grid_sampler(config, mesh)
     meter, waiting, window = Meter(2 * 3 * multiply_adds(state.model)), [], []
@@ -164,7 +182,7 @@ def train(config: Config) -> State:
                 last = checkpoints.last_step
                 raise InputError(f"loss: {values['loss']} with gradient norm {values['grad_norm']} at step {n} should be finite; "
                                  f"{'no checkpoint was written yet' if last is None else f'checkpoint {last} is kept'}; "
-                                 "try a lower optim.learning_rate, or optim.grad_clip")
+                                 "begin again under another --name with a lower optim.learning_rate, or with optim.grad_clip")
             window.append(values)
             log.step(n, values["loss"])
         waiting.clear()
@@ -176,25 +194,26 @@ def train(config: Config) -> State:
             settle()  # of the step before: the device is already at work on this one
             waiting.append((n, metrics))
             meter.images += t.batch_size
-            stopping = bool(stop)
-            last = n == t.steps or stopping
-            if n % t.log_every == 0 or last:
+            logs = n % t.log_every == 0 or n == t.steps
+            stopping = (logs or jax.process_count() == 1) and agreed(bool(stop))
+            saves = n == t.steps or stopping or (t.checkpoint_every and n % t.checkpoint_every == 0)
+            draws = t.sample_every and (n % t.sample_every == 0 or n == t.steps)
+            if logs or saves or draws:
                 settle()
+            if logs or stopping:
                 means = {name: float(np.mean([values[name] for values in window])) for name in window[0]}
                 log.metrics(n, means | meter.read())
                 window.clear()
             paused = time.perf_counter()
-            if last or (t.checkpoint_every and n % t.checkpoint_every == 0):
-                settle()
+            if saves:
                 checkpoints.save(state, config, len(dataset.records))
-            if t.sample_every and (n % t.sample_every == 0 or n == t.steps):
-                settle()
+            if draws:
                 log.grid(n, np.asarray(sample_grid(state.ema)), [config.data.class_names[k] for k in classes])
             meter.skip(time.perf_counter() - paused)
             if stopping:
                 log.say(f"stopped at step {n}; the same command goes on from here")
                 break
-    checkpoints.close()
+        checkpoints.close()
     log.close()
     return state
 

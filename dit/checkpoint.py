@@ -6,7 +6,6 @@ flipped bit without a word.
 
 import json
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -22,9 +21,9 @@ CHECKSUMS = "checksums.json"
 
 
 def checksums(folder: Path) -> dict[str, list[int]]:
-    """{file: [bytes, crc32]} of every file in a folder but the checksums themselves."""
+    """{file: [bytes, crc32]} of the items of a checkpoint."""
     found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS):
+    for path in sorted(path for path in folder.glob("*/**/*") if path.is_file()):
         crc = 0
         with path.open("rb") as file:
             while block := file.read(1 << 24):
@@ -35,20 +34,31 @@ def checksums(folder: Path) -> dict[str, list[int]]:
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
-    if not (folder / CHECKSUMS).exists():  # killed between Orbax's commit and ours: complete, only unchecked
-        return None
-    written, found = json.loads((folder / CHECKSUMS).read_text()), checksums(folder)
-    return next((f"{name} is {'missing' if name not in found else 'truncated' if found[name][0] < size else 'damaged'}"
-                 for name, (size, crc) in written.items() if found.get(name) != [size, crc]), None)
+    try:
+        written = json.loads((folder / CHECKSUMS).read_text())
+    except (OSError, ValueError):
+        return f"{CHECKSUMS} is missing or damaged"
+    found = checksums(folder)
+    for name, (size, crc) in written.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name][0] < size:
+            return f"{name} is truncated"
+        if found[name] != [size, crc]:
+            return f"{name} is damaged"
+    return None
+
+
+def steps(workdir: Path) -> list[int]:
+    """The steps whose checkpoints were written to the end, newest first."""
+    return sorted((int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()), reverse=True)
 
 
 def newest_intact(workdir: Path) -> tuple[int, dict[int, str]]:
     """The newest step whose checkpoint is whole, and what is wrong with each newer one. Raises InputError if there is none."""
-    folder = workdir / "checkpoints"
-    steps = sorted((int(p.name) for p in folder.glob("*") if p.name.isdigit()), reverse=True)
     broken = {}
-    for step in steps:
-        if (what := damage(folder / str(step))) is None:
+    for step in steps(workdir):
+        if (what := damage(workdir / "checkpoints" / str(step))) is None:
             return step, broken
         broken[step] = what
     why = "; ".join(f"{step}: {what}" for step, what in broken.items()) or "train.py writes them"
@@ -62,16 +72,16 @@ class Checkpoints:
         self.folder = workdir.resolve() / "checkpoints"
         kept = [policies.LatestN(keep_last)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept))
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal))
         self.manager = ocp.CheckpointManager(self.folder, options=options)
-        self.background = ThreadPoolExecutor(max_workers=1)
-        self.sealing = self.background.submit(lambda: None)
+        self.saving = None
 
-    def _seal(self, step: int) -> None:
-        """Waits for Orbax's commit and adds the checksums."""
-        self.manager.wait_until_finished()
+    def _seal(self) -> None:
+        """Adds the checksums, in Orbax's own thread: all items are written, and their folder has its temporary name still."""
+        folder = self.folder / f"{self.saving}.orbax-checkpoint-tmp"
         if jax.process_index() == 0:
-            (self.folder / str(step) / CHECKSUMS).write_text(json.dumps(checksums(self.folder / str(step))))
+            (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))
 
     @property
     def last_step(self) -> int | None:
@@ -82,13 +92,13 @@ class Checkpoints:
         step = int(state.step)
         if step in self.manager.all_steps():
             return
-        self.sealing.result()
+        self.manager.wait_until_finished()
+        self.saving = step
         self.manager.save(step, args=ocp.args.Composite(
             model=ocp.args.StandardSave(state.model), ema=ocp.args.StandardSave(state.ema),
             optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
             position=ocp.args.JsonSave({"next_batch": step, "num_examples": num_examples}),
             config=ocp.args.JsonSave(json.loads(config.to_json()))))
-        self.sealing = self.background.submit(self._seal, step)
 
     def restore(self, step: int, target: State) -> State:
         """The state of a step, in the shapes, types and shardings of the target."""
@@ -99,8 +109,6 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is being written."""
-        self.sealing.result()
-        self.background.shutdown()
         self.manager.close()
 
 

@@ -124,12 +124,15 @@ class Config:
         check_types(self)
         m, o, d, p, t = self.model, self.objective, self.data, self.optim, self.train
         side = self.input_shape[0]
-        least = {"model": "hidden_size depth num_heads patch_size mlp_ratio", "objective": "num_steps", "data": "image_size channels "
-                 "num_classes", "optim": "accumulate", "mesh": "fsdp", "train": "steps batch_size log_every keep_last sample_steps"}
-        for section, names in least.items():
-            for name in names.split():
-                value = getattr(getattr(self, section), name)
-                require(value > 0, f"{section}.{name}", value, "more than 0")
+        for name, value in {"model.hidden_size": m.hidden_size, "model.depth": m.depth, "model.num_heads": m.num_heads,
+                            "model.patch_size": m.patch_size, "objective.num_steps": o.num_steps, "data.image_size": d.image_size,
+                            "data.num_classes": d.num_classes, "optim.accumulate": p.accumulate, "mesh.fsdp": self.mesh.fsdp,
+                            "train.steps": t.steps, "train.batch_size": t.batch_size, "train.log_every": t.log_every,
+                            "train.keep_last": t.keep_last, "train.sample_steps": t.sample_steps}.items():
+            require(value > 0, name, value, "more than 0")
+        require(d.channels in (1, 3), "data.channels", d.channels, "1 or 3")
+        require(m.hidden_size * m.mlp_ratio >= 1, "model.mlp_ratio", m.mlp_ratio, "large enough for one channel")
+        require(0 <= t.seed < 2**32, "train.seed", t.seed, "from 0 to 2^32 - 1")
         for name, value in {"optim.warmup_steps": p.warmup_steps, "optim.learning_rate": p.learning_rate, "optim.weight_decay":
                             p.weight_decay, "train.sample_every": t.sample_every, "train.checkpoint_every": t.checkpoint_every,
                             "train.keep_every": t.keep_every}.items():
@@ -180,10 +183,10 @@ def differences(ours: Config, theirs: Config) -> list[str]:
 
     Where a run computes, how it is split up, how long it lasts and what it says may change; what it computes may not.
     """
-    free = {"model.remat", "optim.accumulate"}
-    matters = [f"{s}.{f.name}" for s in ("model", "objective", "data", "optim") for f in dataclasses.fields(getattr(ours, s))]
+    names = [f"{s}.{f.name}" for s in ("model", "objective", "data", "optim") for f in dataclasses.fields(getattr(ours, s))]
+    names += ["train.batch_size", "train.seed", "train.dtype"] + ["train.steps"] * (ours.optim.schedule == "cosine")
     found = []
-    for name in [name for name in matters if name not in free] + ["train.batch_size", "train.seed"]:
+    for name in [name for name in names if name not in ("model.remat", "optim.accumulate")]:
         a, b = (operator.attrgetter(name)(config) for config in (ours, theirs))
         found += [f"{name}: {a!r}, where {b!r} is stored"] if a != b else []
     return found
@@ -211,8 +214,8 @@ def load(name_or_file: str) -> Config:
                          f"of {', '.join(presets)}")
     try:
         config = runpy.run_path(str(path)).get("config")
-    except (TypeError, SyntaxError, ImportError, NameError, AttributeError) as error:
-        raise InputError(f"{path}: {error}") from error
+    except Exception as error:  # whatever a user's file does
+        raise InputError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     require(isinstance(config, Config), f"{path}: config", config, "a Config(...)")
     check_types(config)
     return config

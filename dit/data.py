@@ -54,15 +54,9 @@ class Decoded:
 
     def read(self, record) -> dict[str, np.ndarray]:
         image, label = record[self.image_key], record[self.label_key]
-        require(image.shape[-1] == self.config.channels, "data.channels", self.config.channels, f"{image.shape[-1]}, as in the data")
-        check_labels(np.asarray(label), self.config)
+        if label < 0:  # TFDS marks a split without labels by -1
+            raise InputError(f"data.split: {self.config.split!r} should have labels, and has {label}")
         return {"image": centre_crop(image, self.config.image_size), "label": np.int32(label)}
-
-
-def check_labels(labels: np.ndarray, config: Data) -> None:
-    if labels.min() < 0 or labels.max() >= config.num_classes:
-        raise InputError(f"data.num_classes: {config.num_classes} should be more than every label of {config.name!r}, "
-                         f"which has {labels.min()} .. {labels.max()}")
 
 
 def open_dataset(config: Data) -> Dataset:
@@ -70,33 +64,38 @@ def open_dataset(config: Data) -> Dataset:
     if config.latents:
         raise InputError(f"data.latents: True asks for VAE latents of {config.name!r}, which this version cannot make or read yet; "
                          "plan, identity and parameter counts work without them")
-    dataset = digits() if config.name == "digits" else tfds_images(config)
-    if isinstance(dataset.records, InMemory):
-        check_labels(dataset.records.labels, config)
-        expected = (config.image_size, config.image_size, config.channels)
-        require(dataset.records.images.shape[1:] == expected, "data.image_size and data.channels",
-                (config.image_size, config.channels), f"those of {config.name!r}: {dataset.records.images.shape[2:]}")
-    return dataset
+    return digits(config) if config.name == "digits" else tfds_images(config)
 
 
-def digits() -> Dataset:
+def check_classes(config: Data, names: tuple[str, ...]) -> None:
+    require(config.num_classes == len(names), "data.num_classes", config.num_classes, f"{len(names)}, the classes of {config.name!r}")
+
+
+def digits(config: Data) -> Dataset:
     """The 1,797 real 8x8 digits, 17 levels of grey, that scikit-learn carries (UCI, Alpaydin & Kaynak 1998)."""
     from sklearn.datasets import load_digits
 
+    names = tuple("0123456789")
+    check_classes(config, names)
+    require((config.image_size, config.channels) == (8, 1), "data.image_size and data.channels", (config.image_size, config.channels),
+            "(8, 1), those of 'digits'")
     images, labels = load_digits(return_X_y=True)
     images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
-    return Dataset(InMemory(images, labels.astype(np.int32)), tuple("0123456789"))
+    return Dataset(InMemory(images, labels.astype(np.int32)), names)
 
 
 def tfds_images(config: Data) -> Dataset:
     """Any TFDS data set of images with one label, read through `tfds.data_source` without TensorFlow."""
     builder = tfds_builder(config.name)
     image_key, label_key = builder.info.supervised_keys or ("image", "label")
-    names = tuple(builder.info.features[label_key].names)
+    channels, names = builder.info.features[image_key].shape[-1], tuple(builder.info.features[label_key].names)
+    require(channels in (config.channels, None), "data.channels", config.channels, f"{channels}, as in {config.name!r}")
+    check_classes(config, names)
     try:
         source = builder.as_data_source(config.split)
     except ValueError as error:
-        raise InputError(f"data.split: {config.split!r} should be one of {', '.join(builder.info.splits)}, or a slice of one") from error
+        raise InputError(f"data.split: {config.split!r} should be one of {', '.join(builder.info.splits)}, or a slice of one "
+                         "that is not empty") from error
     records = Decoded(source, image_key, label_key, config)
     if len(records) * config.image_size**2 * config.channels <= MEMORY_LIMIT:
         N = len(records)
@@ -113,8 +112,12 @@ def tfds_builder(name: str):
     logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS warns of folders that are not there, which is told below
     try:
         builder = tfds.builder(name, file_format="array_record")
-    except tfds.core.DatasetNotFoundError as error:
-        near = difflib.get_close_matches(name, ["digits", *tfds.list_builders(with_community_datasets=False)], n=1, cutoff=0)[0]
+    except (ValueError, AssertionError, ImportError) as error:
+        if "File format" in str(error):
+            raise InputError(f"data.name: {name!r} was prepared as TFRecord, which only TensorFlow reads; set TFDS_DATA_DIR to another "
+                             "folder, and it will be prepared there as ArrayRecord") from error
+        known = ["digits", *tfds.list_builders(with_community_datasets=False)]
+        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0)[0]
         raise InputError(f"data.name: {name!r} should be `digits` or a TFDS data set; the nearest is {near!r}") from error
     features = dict(builder.info.features)
     kinds = [type(features.get(key)) for key in builder.info.supervised_keys or ("image", "label")]
@@ -125,7 +128,8 @@ def tfds_builder(name: str):
             requests.head("https://storage.googleapis.com", timeout=5)
             builder.download_and_prepare()
         except (requests.exceptions.RequestException, tfds.download.DownloadError, AssertionError, OSError) as error:
-            reason = str(error).splitlines()[0] if not isinstance(error, requests.exceptions.RequestException) else "no network"
+            offline = isinstance(error, requests.exceptions.RequestException)
+            reason = "no network" if offline else " ".join(f"{type(error).__name__} {error}".split())
             raise InputError(f"data.name: {name!r} is not in {builder.data_dir} and cannot be fetched ({reason}); set TFDS_DATA_DIR to "
                              "a folder that has it, or run the same command once where there is a network") from error
     return builder

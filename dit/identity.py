@@ -7,6 +7,7 @@ Exit status 0 if all of that holds, 1 if not.
 """
 
 import dataclasses
+import functools
 import sys
 
 import jax
@@ -76,7 +77,7 @@ def waking(config: Config, key: jax.Array, steps: int = 3) -> list[dict[str, boo
     objective, history = make_objective(config), []
     model = jax.jit(lambda: make_model(config, key))()
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=0)
     def descend(model, key):
         x, _, y = random_inputs(model, key)
         grads = jax.grad(lambda m: objective.loss(m, key, jnp.tanh(x), y)[0])(model)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import jax
@@ -27,7 +28,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 class Meter:
-    """Images/s, TFLOP/s and MFU since the last reading, without the time inside `pause`."""
+    """Images/s, TFLOP/s and MFU since the last reading, without the time that `skip` takes out."""
 
     def __init__(self, flops_per_image: float):
         self.flops_per_image = flops_per_image
@@ -54,25 +55,27 @@ class Log:
 
     def __init__(self, config: Config, start: int):
         self.speaks = jax.process_index() == 0
-        self.workdir, self.total, self.told = config.workdir, config.train.steps, 0.0
+        self.workdir, self.total, self.told, self.rates = config.workdir, config.train.steps, 0.0, ""
         self.wandb = None
         if not self.speaks:
             return
         drop_lines_after(self.workdir / "metrics.jsonl", start)
         self.jsonl = (self.workdir / "metrics.jsonl").open("a", buffering=1)
-        self.board = SummaryWriter(str(self.workdir))
+        self.board = SummaryWriter(str(self.workdir), purge_step=start + 1)
         self.bar = tqdm(total=self.total, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
         if config.train.wandb:
             import wandb
 
-            self.wandb, self.wandb_image = wandb.init(project="dit", name=config.name, dir=str(self.workdir),
-                                                      config=dataclasses.asdict(config)), wandb.Image
+            self.wandb_image = wandb.Image
+            identity = f"{config.name}-{zlib.crc32(str(self.workdir.resolve()).encode()):08x}"  # the same when the run is resumed
+            self.wandb = wandb.init(project="dit", name=config.name, id=identity, resume="allow", dir=str(self.workdir),
+                                    config=dataclasses.asdict(config))
 
     def step(self, step: int, loss: float) -> None:
         """Moves the bar."""
         if self.speaks:
             self.bar.update(step - self.bar.n)
-            self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            self.bar.set_postfix_str(f"loss {loss:.4f}  {self.rates}", refresh=False)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Records a line of metrics, and prints it where there is no terminal for a bar, at most every five seconds."""
@@ -83,13 +86,11 @@ class Log:
             self.board.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log(values, step=step)
-        line = (f"step {step}/{self.total}  loss {values['loss']:.4f}  {values['images_per_second']:,.0f} images/s  "
-                f"{values['tflops_per_second']:.3g} TFLOP/s" + (f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""))
-        if not self.bar.disable:
-            self.bar.set_postfix_str(line.split("  ", 1)[1])
-        elif step == self.total or time.monotonic() - self.told > 5:
+        self.rates = (f"{values['images_per_second']:,.0f} images/s  {values['tflops_per_second']:.3g} TFLOP/s"
+                      + (f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""))
+        if self.bar.disable and (step == self.total or time.monotonic() - self.told > 5):
             self.told = time.monotonic()
-            print(line, flush=True)
+            print(f"step {step}/{self.total}  loss {values['loss']:.4f}  {self.rates}", flush=True)
 
     def grid(self, step: int, images: np.ndarray, row_names: list[str]) -> None:
         """Writes a sample grid to `samples/` and to the boards."""
@@ -103,7 +104,8 @@ class Log:
 
     def say(self, text: str) -> None:
         if self.speaks:
-            self.bar.write(text) if not self.bar.disable else print(text, flush=True)
+            tqdm.write(text)  # above the bar, where there is one
+            sys.stdout.flush()
 
     def close(self) -> None:
         if self.speaks:

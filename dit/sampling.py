@@ -29,7 +29,8 @@ def guided(model, y: jax.Array, null_class: int, scale: float = 1.0, cfg_channel
         return lambda x, t: model(x, t, y)
 
     def denoise(x, t):
-        conditional, null = jnp.split(model(*(jnp.concatenate(pair) for pair in ((x, x), (t, t), (y, jnp.full_like(y, null_class))))), 2)
+        labels = jnp.concatenate([y, jnp.full_like(y, null_class)])
+        conditional, null = jnp.split(model(jnp.concatenate([x, x]), jnp.concatenate([t, t]), labels), 2)
         channels = x.shape[-1] if cfg_channels is None else cfg_channels
         strength = scale if interval is None else jnp.where((t >= interval[0]) & (t < interval[1]), scale, 1.0).reshape(-1, 1, 1, 1)
         eps = null[..., :channels] + strength * (conditional - null)[..., :channels]

@@ -30,7 +30,7 @@ def shardings(tree, mesh: jax.sharding.Mesh):
     fsdp = mesh.shape["fsdp"]
 
     def rule(path, leaf):
-        stacked = any(getattr(key, "name", getattr(key, "key", None)) == "blocks" for key in path)
+        stacked = "blocks" in jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         axes = [axis for axis in range(int(stacked), leaf.ndim) if leaf.shape[axis] % fsdp == 0]
         spec = [None] * leaf.ndim
         if fsdp > 1 and leaf.size >= SMALL and axes:

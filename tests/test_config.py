@@ -1,4 +1,6 @@
 import dataclasses
+import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ from conftest import tiny_config
 
 import train
 from dit import config
-from dit.config import Config, InputError, Mesh, Model, Train, differences
+from dit.config import Config, InputError, Mesh, Model, Optim, Train, differences
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,7 +35,9 @@ def test_every_preset_is_valid_and_survives_json(name):
     (dict(optim=dict(ema_decay=1.0)), "optim.ema_decay: 1.0 should be from 0 to below 1"),
     (dict(objective=dict(label_dropout=1.5)), "objective.label_dropout: 1.5 should be a probability"),
     (dict(objective=dict(schedule="linear", num_steps=20), train=dict(sample_steps=3)), "objective.num_steps: 20 should be more than 20"),
-    (dict(train=dict(wandb=True)), "train.wandb: True should be False, or wandb be installed"),
+    (dict(train=dict(seed=-1)), "train.seed: -1 should be from 0 to 2^32 - 1"),
+    (dict(model=dict(mlp_ratio=0.01)), "model.mlp_ratio: 0.01 should be large enough"),
+    (dict(data=dict(channels=2)), "data.channels: 2 should be 1 or 3"),
     (dict(data=dict(latents=True, image_size=100)), "data.image_size: 100 should be a multiple of 8, the VAE's factor"),
     (dict(data=dict(latents=True, image_size=248)), "data.image_size: 248 should be a multiple of model.patch_size = 2 times the VAE's 8"),
 ])
@@ -65,6 +69,7 @@ def test_a_command_line_that_cannot_be_is_refused_in_one_line(refused, argv, wor
     ("from dit.config import *\nconfig = Config(model=Model(hiden_size=3))", "unexpected keyword argument 'hiden_size'"),
     ("config = 3", "config: 3 should be a Config(...)"),
     ("config = (", "was never closed"),
+    ("config = 1 / 0", "ZeroDivisionError: division by zero"),
     ("from dit.config import *\nconfig = Config(model=Train())", "model: Train("),
     ("from dit.config import *\nconfig = Config(train=Train(steps='3'))", "train.steps: '3' should be of type int"),
 ])
@@ -74,9 +79,17 @@ def test_a_config_file_that_cannot_be_is_refused_in_one_line(refused, tmp_path, 
 
 
 def test_differences_name_field_and_both_values_and_let_go_what_does_not_matter():
-    ours = Config(model=Model(depth=4, remat=True), train=Train(steps=5, seed=1, dtype="float32"), mesh=Mesh(fsdp=2), name="x")
+    ours = Config(model=Model(depth=4, remat=True), train=Train(steps=5, seed=1), mesh=Mesh(fsdp=2), name="x")
     assert differences(ours, Config()) == ["model.depth: 4, where 12 is stored", "train.seed: 1, where 0 is stored"]
     assert differences(ours, ours) == []
+    cosine, longer = Config(optim=Optim(schedule="cosine")), Config(optim=Optim(schedule="cosine"), train=Train(steps=7, dtype="float32"))
+    assert differences(longer, cosine) == ["train.dtype: 'float32', where 'bfloat16' is stored", "train.steps: 7, where 400000 is stored"]
+
+
+def test_wandb_is_asked_for_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="train.wandb: True should be False, or wandb be installed"):
+        tiny_config(train=dict(wandb=True)).validate()
 
 
 def test_help_documents_every_field():
@@ -88,4 +101,5 @@ def test_help_documents_every_field():
                 if field.name != "class_names":
                     flag = f"--{section.name}.{field.name}".replace("_", "-")
                     described = text.split(flag + " ", 1)[1] if flag + " " in text else text.split(flag + ",", 1)[1]
-                    assert "(default:" in described[:400], flag
+                    words = re.sub(r"^.*?([a-z`])", r"\1", described.split("(default:")[0].split("} ")[-1])
+                    assert len(words.split()) >= 2, flag

@@ -54,8 +54,13 @@ def test_the_processes_parts_make_up_the_batch():
 
 
 @pytest.mark.parametrize("changed, words", [
-    (dict(num_classes=9), "data.num_classes: 9 should be more than every label of 'digits', which has 0 .. 9"),
-    (dict(image_size=16), "(16, 1) should be those of 'digits': (8, 1)"),
+    (dict(num_classes=9), "data.num_classes: 9 should be 10, the classes of 'digits'"),
+    (dict(num_classes=20), "data.num_classes: 20 should be 10, the classes of 'digits'"),
+    (dict(image_size=16), "data.image_size and data.channels: (16, 1) should be (8, 1), those of 'digits'"),
+    (dict(name="CIFAR10"), "the nearest is 'cifar10'"),
+    (dict(name="../x"), "data.name: '../x' should be `digits` or a TFDS data set"),
+    (dict(name="cifar10:1.0.0"), "data.name: 'cifar10:1.0.0' should be `digits` or a TFDS data set"),
+    (dict(name="cifar10/plain"), "data.name: 'cifar10/plain' should be `digits` or a TFDS data set"),
     (dict(name="cifar_10"), "data.name: 'cifar_10' should be `digits` or a TFDS data set; the nearest is 'cifar10'"),
     (dict(name="ag_news_subset"), "should be a TFDS data set of images with one class label"),
     (dict(latents=True, name="imagenet2012", image_size=256), "data.latents: True asks for VAE latents of 'imagenet2012'"),
@@ -100,11 +105,14 @@ def test_cifar10_through_tfds():
 
 @needs_cifar10
 @pytest.mark.parametrize("changed, words", [
-    (dict(num_classes=7), "data.num_classes: 7 should be more than every label"),
-    (dict(channels=1), "data.channels: 1 should be 3, as in the data"),
+    (dict(num_classes=7), "data.num_classes: 7 should be 10, the classes of 'cifar10'"),
+    (dict(channels=1), "data.channels: 1 should be 3, as in 'cifar10'"),
     (dict(split="trian"), "data.split: 'trian' should be one of"),
+    (dict(split="train[50000:]"), "data.split: 'train[50000:]' should be one of"),
 ])
-def test_cifar10_that_is_not_what_the_config_says_is_refused(changed, words):
+@pytest.mark.parametrize("limit", [0, data.MEMORY_LIMIT])
+def test_cifar10_that_is_not_what_the_config_says_is_refused(monkeypatch, changed, words, limit):
+    monkeypatch.setattr(data, "MEMORY_LIMIT", limit)
     with pytest.raises(InputError) as refusal:
         data.open_dataset(Data(**(dict(name="cifar10", image_size=32, channels=3) | changed)))
     assert words in str(refusal.value) and "\n" not in str(refusal.value)

@@ -93,6 +93,7 @@ def test_png_is_a_labelled_grid_one_class_a_row(run, tmp_path, capsys):
     (["--out", "x.jpg"], "--out: 'x.jpg' should be a .png or .npz file"),
     (["--out", "nowhere/x.png"], "--out: 'nowhere/x.png' should be in a folder that exists"),
     (["--sampler", "euler"], "--sampler"),
+    (["--seed", "-1"], "--seed: -1 should be from 0 to 2^32 - 1"),
 ])
 def test_options_that_cannot_be_are_refused(refused, run, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)

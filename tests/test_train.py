@@ -122,6 +122,31 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(whole_run, tmp
     assert [p.name for p in (workdir / "checkpoints").glob("broken-20-*")], "the damaged checkpoint is kept aside"
 
 
+def test_a_run_killed_within_its_first_checkpoint_starts_over(tmp_path):
+    (tmp_path / "checkpoints/10.orbax-checkpoint-tmp/ema").mkdir(parents=True)
+    train.main([*TINY, "--workdir", str(tmp_path), "--train.steps", "1"])
+    assert checkpoint.newest_intact(tmp_path) == (1, {})
+
+
+@pytest.mark.parametrize("content", [None, "", '{"ema/_METADATA": ['])
+def test_checksums_that_are_missing_or_damaged_make_the_checkpoint_damaged(whole_run, tmp_path, content):
+    shutil.copytree(whole_run, tmp_path / "run")
+    path = tmp_path / "run/checkpoints/20/checksums.json"
+    path.unlink() if content is None else path.write_text(content)
+    assert checkpoint.newest_intact(tmp_path / "run") == (10, {20: "checksums.json is missing or damaged"})
+
+
+def test_the_bar_shows_loss_and_rates(tmp_path, monkeypatch):
+    from dit import log
+
+    monkeypatch.setattr(log.sys.stderr, "isatty", lambda: True, raising=False)
+    told = log.Log(tiny_config(train=dict(workdir=str(tmp_path))), 0)
+    told.metrics(1, {"loss": 1.0, "mse": 1.0, "vb": 1.0, "images_per_second": 1234.0, "tflops_per_second": 0.5, "mfu": 0.41})
+    told.step(2, 0.25)
+    assert told.bar.postfix == "loss 0.2500  1,234 images/s  0.5 TFLOP/s  MFU 41.0%" and told.bar.n == 2
+    told.close()
+
+
 def test_without_an_intact_checkpoint_nothing_is_started_over(refused, whole_run, tmp_path):
     shutil.copytree(whole_run, tmp_path / "run")
     for step in (10, 20):
@@ -148,8 +173,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_keeps_the_la
 def test_sigterm_saves_and_stops(tmp_path):
     command = [sys.executable, "train.py", *TINY, "--workdir", str(tmp_path), "--train.steps", "1000000"]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, text=True)
-    while "step " not in process.stdout.readline().split(":")[0]:
-        pass
+    for line in process.stdout:
+        if line.startswith("step "):
+            break
     process.terminate()
     said, _ = process.communicate(timeout=60)
     step, _ = checkpoint.newest_intact(tmp_path)
