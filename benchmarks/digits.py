@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import sample  # noqa: E402
+from dit.config import input_errors, parse  # noqa: E402
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -44,7 +45,9 @@ def main() -> None:
           f"Frechet distance {frechet_distance(a, b):.2f}")
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/digits.npz"
-        sample.main([*sys.argv[1:], "--per-class", "100", "--out", out])
+        argv = [*sys.argv[1:], "--per-class", "100", "--out", out]
+        with input_errors("benchmarks/digits.py"):
+            sample.run(parse(sample.Sample, argv, "benchmarks/digits.py", __doc__))
         arrays = np.load(out)
     images = arrays["arr_0"].reshape(len(arrays["arr_0"]), -1) / 127.5 - 1
     accuracy, distance = judge(images, arrays["arr_1"])
