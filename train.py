@@ -19,12 +19,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dit import checkpoint
 from dit import config as dit_config
-from dit.config import Config, InputError
+from dit.config import Config, InputError, one_line
 from dit.data import Dataset, batches, open_dataset
 from dit.images import from_uint8
 from dit.log import Log, Meter
 from dit.model import count_parameters, multiply_adds
-from dit.sharding import batch_sharding, make_mesh, place_batch, shardings
+from dit.sharding import batch_sharding, make_mesh, place_batch
 from dit.state import (State, abstract_state, learning_rate, make_objective, make_optimizer, make_state, mean_over_parts, run_keys,
                        update_ema)
 from sample import Sample, make_sampler
@@ -63,7 +63,8 @@ def compile_train_step(config: Config, mesh: jax.sharding.Mesh):
     B, shape = config.train.batch_size, config.input_shape
     batch = {"image": jax.ShapeDtypeStruct((B, *shape), jnp.uint8, sharding=batch_sharding(mesh)),
              "label": jax.ShapeDtypeStruct((B,), jnp.int32, sharding=batch_sharding(mesh))}
-    step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(shardings(target, mesh), None))
+    placed = jax.tree.map(lambda leaf: leaf.sharding, target)
+    step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(placed, None))
     return step.lower(target, batch).compile()
 
 
@@ -84,7 +85,7 @@ def start_or_resume(config: Config, dataset: Dataset) -> tuple[int | None, list[
     step, broken = checkpoint.newest_intact(config.workdir)
     stored = checkpoint.stored_config(config.workdir, step)
     told = dit_config.differences(config, stored)
-    examples = checkpoint.read_json(config.workdir, step, "position")["num_examples"]
+    examples = checkpoint.stored_position(config.workdir, step)["num_examples"]
     if examples != len(dataset.records):
         told.append(f"data: {len(dataset.records)} images, where the run was trained on {examples}")
     if told:
@@ -141,7 +142,7 @@ def connect(config: Config) -> None:
             jax.distributed.initialize()
         except (ValueError, RuntimeError) as error:
             raise InputError(f"mesh.distributed: True should be set on hosts that find each other: Cloud TPU, Slurm, Open MPI, "
-                             f"Kubernetes ({' '.join(str(error).split())})") from error
+                             f"Kubernetes ({one_line(error)})") from error
 
 
 def train(config: Config) -> State:

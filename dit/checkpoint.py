@@ -4,6 +4,7 @@
 flipped bit without a word.
 """
 
+import dataclasses
 import json
 import zlib
 from pathlib import Path
@@ -98,7 +99,7 @@ class Checkpoints:
             model=ocp.args.StandardSave(state.model), ema=ocp.args.StandardSave(state.ema),
             optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
             position=ocp.args.JsonSave({"next_batch": step, "num_examples": num_examples}),
-            config=ocp.args.JsonSave(json.loads(config.to_json()))))
+            config=ocp.args.JsonSave(dataclasses.asdict(config))))
 
     def restore(self, step: int, target: State) -> State:
         """The state of a step, in the shapes, types and shardings of the target."""
@@ -112,13 +113,13 @@ class Checkpoints:
         self.manager.close()
 
 
-def read_json(workdir: Path, step: int, item: str):
-    """The item `config` or `position` of a step, without anything else of it."""
-    return json.loads((workdir / "checkpoints" / str(step) / item / "metadata").read_text())
-
-
 def stored_config(workdir: Path, step: int) -> Config:
-    return dit_config.from_json(json.dumps(read_json(workdir, step, "config")))
+    return dit_config.from_json((workdir / "checkpoints" / str(step) / "config/metadata").read_text())
+
+
+def stored_position(workdir: Path, step: int) -> dict[str, int]:
+    """{"next_batch": the step whose batch comes next, counted from 0, "num_examples": images of the data set}."""
+    return json.loads((workdir / "checkpoints" / str(step) / "position/metadata").read_text())
 
 
 def load(path: str | Path, ema: bool = True, sharding: jax.sharding.Sharding | None = None) -> tuple[DiT, Config]:

@@ -157,6 +157,11 @@ class Config:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
 
+def one_line(error: Exception) -> str:
+    """What another library's exception says, as a part of an InputError's line."""
+    return " ".join(str(error).split())
+
+
 def require(condition: bool, name: str, value, expected: str) -> None:
     if not condition:
         raise InputError(f"{name}: {value!r} should be {expected}")
@@ -215,7 +220,7 @@ def load(name_or_file: str) -> Config:
     try:
         config = runpy.run_path(str(path)).get("config")
     except Exception as error:  # whatever a user's file does
-        raise InputError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path}: {type(error).__name__}: {one_line(error)}") from error
     require(isinstance(config, Config), f"{path}: config", config, "a Config(...)")
     check_types(config)
     return config

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dit.config import Data, InputError, require
+from dit.config import Data, InputError, one_line, require
 from dit.images import centre_crop
 
 MEMORY_LIMIT = 4 << 30  # bytes of decoded images that are kept in memory rather than decoded again each epoch
@@ -129,7 +129,7 @@ def tfds_builder(name: str):
             builder.download_and_prepare()
         except (requests.exceptions.RequestException, tfds.download.DownloadError, AssertionError, OSError) as error:
             offline = isinstance(error, requests.exceptions.RequestException)
-            reason = "no network" if offline else " ".join(f"{type(error).__name__} {error}".split())
+            reason = "no network" if offline else f"{type(error).__name__} {one_line(error)}"
             raise InputError(f"data.name: {name!r} is not in {builder.data_dir} and cannot be fetched ({reason}); set TFDS_DATA_DIR to "
                              "a folder that has it, or run the same command once where there is a network") from error
     return builder

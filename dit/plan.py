@@ -15,7 +15,7 @@ import jax
 from jax.experimental import topologies
 
 from dit import config as dit_config
-from dit.config import Config, InputError
+from dit.config import Config, InputError, one_line
 from dit.model import count_parameters, multiply_adds
 from dit.sharding import make_mesh
 from dit.state import State, abstract_state
@@ -30,7 +30,7 @@ def topology_devices(name: str) -> list[jax.Device]:
         return list(topologies.get_topology_desc(topology_name=name, platform="tpu").devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise InputError(f"--topology: {name!r} should be a TPU topology, such as v5e:2x4, v5e:16x16 or v5p:2x2x4, and libtpu be "
-                         f"installed ({' '.join(str(error).split())[:100]})") from error
+                         f"installed ({one_line(error)[:100]})") from error
 
 
 def bytes_per_device(state: State) -> int:

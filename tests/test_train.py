@@ -56,7 +56,7 @@ def test_a_run_leaves_what_it_promises(whole_run):
     assert found[0]["mse"] == pytest.approx(1, abs=0.2), "the zero output predicts no noise"
     config = checkpoint.stored_config(whole_run, 20)
     assert config.data.class_names == tuple("0123456789") and config.train.steps == 20
-    assert checkpoint.read_json(whole_run, 20, "position") == {"next_batch": 20, "num_examples": 1797}
+    assert checkpoint.stored_position(whole_run, 20) == {"next_batch": 20, "num_examples": 1797}
 
 
 def test_ten_steps_a_kill_and_ten_more_equal_twenty(whole_run, tmp_path):
