@@ -1,55 +1,89 @@
-"""Samples class-conditional images from a trained model: python sample.py WORKDIR --classes 3 5 8 --out x.png
+"""Samples class-conditional images: python sample.py WORKDIR_OR_WEIGHTS --classes 207 "red panda" --guidance 4 --out x.png
 
 Writes a labelled grid, one class a row (.png), or `arr_0` uint8 [N, H, W, C] and `arr_1` int64 labels, the form of the ADM evaluator
-(.npz). Sample i is a function of (--seed, i), whatever the batch size and the number of devices.
+(.npz); the latter goes on where it was killed. Sample i is a function of (--seed, i), whatever the batch size and the number of devices.
 """
 
 import dataclasses
+import difflib
+import json
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
-from jax.sharding import NamedSharding, PartitionSpec
-from tqdm import tqdm
+from jax.experimental import multihost_utils
 
 from dit import checkpoint, sampling
 from dit import config as dit_config
-from dit.config import Config, require
-from dit.images import save_grid, to_uint8
-from dit.sharding import batch_sharding, make_mesh
+from dit.config import Config, InputError, require
+from dit.images import save_grid, to_uint8, write_npz
+from dit.log import Progress
+from dit.sharding import batch_sharding, connect, make_mesh, map_parts, replicated
 from dit.state import make_objective
+from dit.weights import load_vae
+
+DECODED_AT_ONCE = 8  # images that the VAE decodes at a time on each device: about 2 GB at 256x256, 8 GB at 512x512
 
 
 @dataclass(frozen=True)
 class Sample:
-    workdir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR")]  # a run's folder, such as runs/digits
-    classes: tuple[int, ...] = ()  # classes to draw, by number; none are all of them
+    workdir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR_OR_WEIGHTS")]  # such as runs/digits
+    classes: tuple[str, ...] = ()  # classes to draw, by number or name; none are all of them, and ten in a grid
     per_class: int = 8  # images of each class
+    num_samples: int | None = None  # so many images of classes drawn at random, instead of per_class of each; for .npz
     guidance: float = 1.0  # scale of classifier-free guidance; 1 is none, 4 makes typical pictures
     sampler: Literal["ddpm", "ddim"] | None = None  # ancestral, or (at eta 0) deterministic; None is the run's train.sampler
     steps: int | None = None  # denoising steps; None is the run's train.sample_steps
     eta: float = 0.0  # noise of DDIM, from 0 to DDPM's at 1
     cfg_channels: int | None = None  # guide only the first so many channels; None guides all, 3 is the published DiT
     guidance_interval: tuple[float, float] | None = None  # guide only at timesteps from LOW to below HIGH
+    vae: str | None = None  # folder of the VAE that decodes latents (diffusers' AutoencoderKL); None is the run's data.vae
     seed: int = 0  # of all noise
-    batch_size: int = 256  # images at a time, over all devices
+    batch_size: int = 256  # images at a time, over all devices of a host
+    dtype: Literal["float32", "bfloat16"] | None = None  # of the network's computation; None is the run's train.dtype
     ema: bool = True  # take the average of the weights rather than the last
+    distributed: bool = False  # several hosts, which share the folder of --out: call jax.distributed.initialize() first
     out: str = "samples.png"  # .png for a grid, .npz for arrays
+
+
+def class_number(word: str, names: tuple[str, ...]) -> int:
+    """The class that a number or a name says; names may hold synonyms, separated by commas. Raises InputError."""
+    K = len(names)
+    if word.lstrip("-").isdigit():
+        require(0 <= int(word) < K, "--classes", int(word), f"from 0 to {K - 1}: the model has {K} classes")
+        return int(word)
+    numbers = {}
+    for k, name in enumerate(names):
+        for synonym in name.casefold().split(", "):
+            numbers.setdefault(synonym, []).append(k)
+    found = numbers.get(word.casefold())
+    if found is None:
+        near = difflib.get_close_matches(word.casefold(), numbers, n=1, cutoff=0)[0]
+        raise InputError(f"--classes: {word!r} should be a number from 0 to {K - 1} or the name of a class; the nearest is {near!r}")
+    require(len(found) == 1, "--classes", word, "one of the numbers " + ", ".join(f"{k} ({names[k]})" for k in found))
+    return found[0]
+
+
+def spread(num_classes: int) -> np.ndarray:
+    """The classes of a grid that cannot show all: ten, evenly spaced."""
+    return np.unique(np.linspace(0, num_classes - 1, min(num_classes, 10)).astype(int))
 
 
 def completed(options: Sample, config: Config) -> Sample:
     """The options, with what they leave open taken from the model's config. Raises InputError for what the model cannot meet."""
-    options = dataclasses.replace(options, classes=options.classes or tuple(range(config.data.num_classes)),
+    K, T, C = config.data.num_classes, config.objective.num_steps, config.input_shape[2]
+    everything = spread(K) if options.out.endswith(".png") else range(K)
+    numbers = [class_number(word, config.data.class_names) for word in options.classes] or everything
+    options = dataclasses.replace(options, classes=tuple(str(k) for k in numbers), vae=options.vae or config.data.vae,
                                   sampler=options.sampler or config.train.sampler,
                                   steps=config.train.sample_steps if options.steps is None else options.steps)
-    K, T, C = config.data.num_classes, config.objective.num_steps, config.input_shape[2]
-    for k in options.classes:
-        require(0 <= k < K, "--classes", k, f"from 0 to {K - 1}: the model has {K} classes")
     require(options.per_class > 0, "--per-class", options.per_class, "more than 0")
     require(options.batch_size > 0, "--batch-size", options.batch_size, "more than 0")
     require(0 < options.steps <= T, "--steps", options.steps, f"from 1 to the model's {T} timesteps")
@@ -60,49 +94,124 @@ def completed(options: Sample, config: Config) -> Sample:
     require(out.parent.is_dir(), "--out", options.out, f"in a folder that exists, unlike {str(out.parent)!r}")
     require(not out.is_dir() and os.access(out.parent, os.W_OK), "--out", options.out, "a file that can be written")
     require(0 <= options.seed < 2**32, "--seed", options.seed, "from 0 to 2^32 - 1")
+    if options.num_samples is not None:
+        require(options.num_samples > 0, "--num-samples", options.num_samples, "more than 0")
+        require(out.suffix == ".npz", "--num-samples", options.num_samples, "given with an --out that ends in .npz")
+    if config.data.latents:
+        require(options.vae is not None, "--vae", options.vae, "the folder of a VAE: the model makes latents, not pixels")
+    else:
+        require(options.vae is None, "--vae", options.vae, "left out: the model makes pixels, not latents")
     return options
 
 
-def make_sampler(config: Config, options: Sample):
-    """The jitted function (model, labels `[B]`, indices `[B]`) -> uint8 `[B, H, W, C]`."""
+def labels_of(options: Sample, config: Config) -> np.ndarray:
+    """The label of every sample, int32 `[N]`: `per_class` of each class, or that of sample i drawn from (seed, i)."""
+    classes = np.array(options.classes, np.int32)
+    if options.num_samples is None:
+        return classes.repeat(options.per_class)
+    keys = sampling.sample_keys(options.seed, jnp.arange(options.num_samples))
+    unused = config.objective.num_steps + 1  # the samplers fold in the timesteps, and their number
+    return classes[jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, unused), (), 0, len(classes)))(keys)]
+
+
+def make_sampler(config: Config, options: Sample, devices: int = 1):
+    """The jitted function (model, vae, labels `[B]`, indices `[B]`) -> uint8 `[B, H, W, C]`; vae is None for pixels.
+
+    devices: how many share the batch, of which each decodes only so many latents at a time as fit.
+    """
     process, K = make_objective(config), config.data.num_classes
 
     @jax.jit
-    def sample(model, labels, indices):
+    def sample(model, vae, labels, indices):
         keys = sampling.sample_keys(options.seed, indices)
         denoise = sampling.guided(model, labels, K, options.guidance, options.cfg_channels, options.guidance_interval)
+        clip = vae is None  # pixels end at -1 and 1, latents do not
         if options.sampler == "ddpm":
-            x = sampling.ddpm(process, denoise, keys, config.input_shape, options.steps, clip=True)
+            x = sampling.ddpm(process, denoise, keys, config.input_shape, options.steps, clip)
         else:
-            x = sampling.ddim(process, denoise, keys, config.input_shape, options.steps, options.eta, clip=True)
-        return to_uint8(x)
+            x = sampling.ddim(process, denoise, keys, config.input_shape, options.steps, options.eta, clip)
+        if vae is None:
+            return to_uint8(x)
+        rows = len(labels) // devices
+        parts = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= DECODED_AT_ONCE)
+        return map_parts(lambda z: to_uint8(vae.decode(z / config.data.latent_scale)), x, parts)
 
     return sample
 
 
-def draw(model, config: Config, options: Sample, labels: np.ndarray) -> np.ndarray:
-    """uint8 `[N, H, W, C]`, image i of label i, in equal batches over all devices."""
-    devices, N = jax.device_count(), len(labels)
-    B = -(-min(options.batch_size, N) // devices) * devices
-    rows = batch_sharding(make_mesh(dit_config.Mesh(), B))
-    sample, images = make_sampler(config, options), []
-    for start in tqdm(range(0, N, B), unit="batch", disable=None):
-        indices = np.minimum(np.arange(start, start + B), N - 1)  # the last batch repeats its last image
-        images.append(np.asarray(sample(model, jax.device_put(labels[indices], rows), jax.device_put(indices, rows))))
-    return np.concatenate(images)[:N]
+def make_draw(model, vae, config: Config, options: Sample, mesh: jax.sharding.Mesh):
+    """The function (labels `[N]`, first index) -> uint8 `[N, H, W, C]`, in equal batches over the mesh's devices."""
+    devices = mesh.devices.size
+    sample, rows = make_sampler(config, options, devices), batch_sharding(mesh)
+
+    def draw(labels: np.ndarray, first: int) -> np.ndarray:
+        N = len(labels)
+        padded = np.minimum(np.arange(-(-N // devices) * devices), N - 1)  # the last image repeated, to fill all devices
+        return np.asarray(sample(model, vae, jax.device_put(labels[padded], rows), jax.device_put(first + padded, rows)))[:N]
+
+    return draw
+
+
+def draw_all(draw, labels: np.ndarray, batch_size: int) -> np.ndarray:
+    """uint8 `[N, H, W, C]`, image i of label i."""
+    images, progress = [], Progress(len(labels), "images")
+    for first in range(0, len(labels), batch_size):
+        images.append(draw(labels[first:first + batch_size], first))
+        progress.advance(len(images[-1]))
+    return np.concatenate(images)
+
+
+def draw_to_file(draw, labels: np.ndarray, options: Sample, step: int) -> None:
+    """Writes the .npz by way of a folder of parts, one a batch, that a second call completes. Each host draws its share of them."""
+    out, folder = Path(options.out), Path(options.out + ".parts")
+    request = json.loads(json.dumps(dataclasses.asdict(options) | {"checkpoint": step, "out": out.name}))
+    if jax.process_index() == 0:
+        prepare_parts(folder, request)
+    multihost_utils.sync_global_devices("the folder of parts is there")
+    parts = [folder / f"{first:09d}.npy" for first in range(0, len(labels), options.batch_size)]
+    mine = parts[jax.process_index()::jax.process_count()]
+    todo = [part for part in mine if not part.exists()]
+    progress = Progress(len(labels), "images", sum(len(np.load(part, mmap_mode="r")) for part in parts if part.exists()))
+    for part in todo:
+        first = int(part.stem)
+        images = draw(labels[first:first + options.batch_size], first)
+        with (unfinished := part.with_suffix(".tmp")).open("wb") as file:
+            np.save(file, images)
+        unfinished.rename(part)
+        progress.advance(len(images))
+    multihost_utils.sync_global_devices("all parts are there")
+    if jax.process_index() == 0:
+        write_npz(out, parts, labels.astype(np.int64))
+        shutil.rmtree(folder)
+
+
+def prepare_parts(folder: Path, request: dict) -> None:
+    """Makes the folder of parts, or checks that those in it are of this request. Raises InputError."""
+    folder.mkdir(exist_ok=True)
+    asked = folder / "request.json"
+    if asked.exists():
+        begun = json.loads(asked.read_text())
+        for name, value in request.items():
+            if begun.get(name) != value:
+                raise InputError(f"--out: {str(folder)!r} holds a part of another request, with {name} {begun.get(name)!r} rather than "
+                                 f"{value!r}; remove it, or choose another --out")
+    asked.write_text(json.dumps(request))
 
 
 def run(options: Sample) -> Path:
     """Draws what the options ask for and returns the file it wrote. Raises InputError."""
-    mesh = make_mesh(dit_config.Mesh(), jax.device_count())
-    model, config = checkpoint.load(options.workdir, options.ema, NamedSharding(mesh, PartitionSpec()))
-    options = completed(options, config)
-    labels = np.repeat(np.array(options.classes, np.int32), options.per_class)
-    images = draw(model, config, options, labels)
+    connect(options.distributed, "--distributed")
+    mesh = make_mesh(dit_config.Mesh(), jax.local_device_count(), devices=jax.local_devices())  # each host draws on its own
+    workdir = Path(options.workdir)
+    options = completed(options, checkpoint.stored_config(workdir, checkpoint.newest_intact(workdir)[0]))
+    model, config = checkpoint.load(workdir, options.ema, replicated(mesh), options.dtype)
+    vae = jax.device_put(load_vae(options.vae), replicated(mesh)) if options.vae else None
+    labels, draw = labels_of(options, config), make_draw(model, vae, config, options, mesh)
     if options.out.endswith(".npz"):
-        np.savez(options.out, arr_0=images, arr_1=labels.astype(np.int64))
+        draw_to_file(draw, labels, options, checkpoint.newest_intact(workdir)[0])
     else:
-        save_grid(options.out, images, [config.data.class_names[k] for k in options.classes])
+        names = [config.data.class_names[int(k)].split(",")[0] for k in options.classes]
+        save_grid(options.out, draw_all(draw, labels, options.batch_size), names)
     return Path(options.out)
 
 

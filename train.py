@@ -15,19 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 
-from dit import checkpoint
+from dit import checkpoint, fid
 from dit import config as dit_config
-from dit.config import Config, InputError, one_line
-from dit.data import Dataset, batches, open_dataset
-from dit.images import from_uint8
+from dit.config import Config, InputError
+from dit.data import Dataset, batch_shapes, batches, open_dataset
+from dit.images import prepare
 from dit.log import Log, Meter
 from dit.model import count_parameters, multiply_adds
-from dit.sharding import batch_sharding, make_mesh, place_batch
+from dit.sharding import batch_sharding, connect, make_mesh, place_batch, replicated
 from dit.state import (State, abstract_state, learning_rate, make_objective, make_optimizer, make_state, mean_over_parts, run_keys,
                        update_ema)
-from sample import Sample, make_sampler
+from dit.weights import load_inception, load_vae
+from sample import Sample, labels_of, make_sampler, spread
 
 
 def make_train_step(config: Config):
@@ -36,11 +36,10 @@ def make_train_step(config: Config):
     schedule = learning_rate(config.optim, config.train.steps)
 
     def train_step(state: State, batch: dict[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
-        x, y = from_uint8(batch["image"]), batch["label"]  # [B, H, W, C], [B]
         key = jax.random.fold_in(run_keys(config)[1], state.step)
-        flip_key, drop_key, noise_key = jax.random.split(key, 3)
-        if config.data.flip:
-            x = jnp.where(jax.random.bernoulli(flip_key, 0.5, (len(x), 1, 1, 1)), x[:, :, ::-1], x)
+        data_key, drop_key, noise_key = jax.random.split(key, 3)
+        x = prepare(batch, data_key, config.data.flip, config.data.latent_scale)  # [B, H, W, C]
+        y = batch["label"]  # [B]
         y = jnp.where(jax.random.bernoulli(drop_key, config.objective.label_dropout, y.shape), config.data.num_classes, y)
 
         def loss_and_grads(part):
@@ -60,22 +59,42 @@ def make_train_step(config: Config):
 def compile_train_step(config: Config, mesh: jax.sharding.Mesh):
     """The step compiled for a mesh, its state donated: shapes and shardings go in, no array is needed."""
     target = abstract_state(config, mesh)
-    B, shape = config.train.batch_size, config.input_shape
-    batch = {"image": jax.ShapeDtypeStruct((B, *shape), jnp.uint8, sharding=batch_sharding(mesh)),
-             "label": jax.ShapeDtypeStruct((B,), jnp.int32, sharding=batch_sharding(mesh))}
+    batch = {name: jax.ShapeDtypeStruct(*spec, sharding=batch_sharding(mesh)) for name, spec in batch_shapes(config).items()}
     placed = jax.tree.map(lambda leaf: leaf.sharding, target)
     step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(placed, None))
     return step.lower(target, batch).compile()
 
 
-def make_grid_sampler(config: Config, mesh: jax.sharding.Mesh):
-    """The function (model) -> uint8 `[rows * 8, H, W, C]` from fixed noise, eight a class, and the classes of its rows."""
-    t, K = config.train, config.data.num_classes
-    classes = np.unique(np.linspace(0, K - 1, min(K, 10)).astype(int))
+def make_grid_sampler(config: Config, vae, mesh: jax.sharding.Mesh):
+    """The function (model) -> uint8 `[rows * 8, H, W, C]` from fixed noise, eight a class, and the names of its rows."""
+    t, classes = config.train, spread(config.data.num_classes)
     labels = jnp.asarray(classes.repeat(8))
     sample = make_sampler(config, Sample("", sampler=t.sampler, steps=t.sample_steps, guidance=t.guidance, seed=t.seed))
-    whole = NamedSharding(mesh, PartitionSpec())  # on every process
-    return jax.jit(lambda model: sample(model, labels, jnp.arange(len(labels))), out_shardings=whole), classes
+    everywhere = jax.jit(lambda model, vae: sample(model, vae, labels, jnp.arange(len(labels))), out_shardings=replicated(mesh))
+    return lambda model: np.asarray(everywhere(model, vae)), [config.data.class_names[k].split(",")[0] for k in classes]
+
+
+def make_evaluation(config: Config, vae, mesh: jax.sharding.Mesh):
+    """The function (model) -> {"fid": ..., "sfid": ..., ...} of fresh samples, drawn and looked at on all devices."""
+    e, t, devices = config.eval, config.train, jax.device_count()
+    inception = jax.device_put(load_inception(e.inception), replicated(mesh))
+    reference = fid.open_reference(e.reference or config.data.name, config.data.split, config.data.image_size, inception)
+    options = Sample("", tuple(map(str, range(config.data.num_classes))), num_samples=e.num_samples, sampler=t.sampler,
+                     steps=t.sample_steps, guidance=e.guidance, seed=t.seed)
+    labels, sample = labels_of(options, config), make_sampler(config, options, devices)
+    extract = jax.jit(lambda model, vae, inception, labels, indices: inception(sample(model, vae, labels, indices)),
+                      out_shardings=replicated(mesh))
+
+    def evaluate(model) -> dict[str, float]:
+        activations, B = fid.Activations(), -(-e.batch_size // devices) * devices
+        for first in range(0, e.num_samples, B):
+            indices = np.minimum(np.arange(first, first + B), e.num_samples - 1)
+            rows = jax.device_put((labels[indices], indices), batch_sharding(mesh))
+            features = extract(model, vae, inception, *rows)
+            activations.add(jax.tree.map(lambda a: a[:e.num_samples - first], features))
+        return fid.scores(activations, reference)
+
+    return evaluate
 
 
 def start_or_resume(config: Config, dataset: Dataset) -> tuple[int | None, list[str]]:
@@ -135,24 +154,16 @@ def agreed(asked: bool) -> bool:
     return asked if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(asked)).any())
 
 
-def connect(config: Config) -> None:
-    """Joins the other hosts, where there are any. Raises InputError."""
-    if config.mesh.distributed:
-        try:
-            jax.distributed.initialize()
-        except (ValueError, RuntimeError) as error:
-            raise InputError(f"mesh.distributed: True should be set on hosts that find each other: Cloud TPU, Slurm, Open MPI, "
-                             f"Kubernetes ({one_line(error)})") from error
-
-
 def train(config: Config) -> State:
     """Trains, or goes on training, what a config describes, and returns the last state. Raises InputError."""
     config.validate()
-    connect(config)
+    connect(config.mesh.distributed, "mesh.distributed")
     mesh = make_mesh(config.mesh, config.train.batch_size, config.optim.accumulate)
     dataset = open_dataset(config.data)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=dataset.class_names))
     resumed, news = start_or_resume(config, dataset)
+    vae = jax.device_put(load_vae(config.data.vae), replicated(mesh)) if config.data.vae else None
+    evaluate = make_evaluation(config, vae, mesh) if config.eval.every else None
     t, start = config.train, resumed or 0
     if resumed is None or start < t.steps:
         prepare_workdir(config)
@@ -163,6 +174,8 @@ def train(config: Config) -> State:
         log.say(line)
     log.say(f"{config.name}: {count_parameters(state.model):,} parameters, {multiply_adds(state.model) / 1e9:.3g} G multiply-adds an "
             f"image, {len(dataset.records):,} images, {jax.device_count()} {jax.devices()[0].device_kind} device(s), from step {start}")
+    if config.data.latents and not vae:
+        log.say("no sample grids are drawn: --data.vae names no VAE that would decode them")
     if start < t.steps:
         began = time.perf_counter()
         train_step = compile_train_step(config, mesh)
@@ -170,7 +183,7 @@ def train(config: Config) -> State:
     else:
         log.say(f"already at step {start}: nothing to do before --train.steps {start + 1}")
     data = batches(dataset, t.batch_size, t.seed, start, jax.process_index(), jax.process_count())
-    sample_grid, classes = make_grid_sampler(config, mesh)
+    sample_grid, row_names = make_grid_sampler(config, vae, mesh)
     meter, waiting, window = Meter(2 * 3 * multiply_adds(state.model)), [], []
 
     def settle():
@@ -195,21 +208,22 @@ def train(config: Config) -> State:
             settle()  # of the step before: the device is already at work on this one
             waiting.append((n, metrics))
             meter.images += t.batch_size
-            logs = n % t.log_every == 0 or n == t.steps
+            evaluates = evaluate and (n % config.eval.every == 0 or n == t.steps)
+            logs = n % t.log_every == 0 or n == t.steps or evaluates
             stopping = (logs or jax.process_count() == 1) and agreed(bool(stop))
             saves = n == t.steps or stopping or (t.checkpoint_every and n % t.checkpoint_every == 0)
-            draws = t.sample_every and (n % t.sample_every == 0 or n == t.steps)
+            draws = t.sample_every and (vae or not config.data.latents) and (n % t.sample_every == 0 or n == t.steps)
             if logs or saves or draws:
                 settle()
+            paused = time.perf_counter()
             if logs or stopping:
                 means = {name: float(np.mean([values[name] for values in window])) for name in window[0]}
-                log.metrics(n, means | meter.read())
+                log.metrics(n, means | meter.read() | (evaluate(state.ema) if evaluates else {}))
                 window.clear()
-            paused = time.perf_counter()
             if saves:
                 checkpoints.save(state, config, len(dataset.records))
             if draws:
-                log.grid(n, np.asarray(sample_grid(state.ema)), [config.data.class_names[k] for k in classes])
+                log.grid(n, sample_grid(state.ema), row_names)
             meter.skip(time.perf_counter() - paused)
             if stopping:
                 log.say(f"stopped at step {n}; the same command goes on from here")

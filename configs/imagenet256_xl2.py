@@ -9,7 +9,7 @@ from dit.config import Config, Data, Model, Optim, Train
 config = Config(
     name="imagenet256_xl2",
     model=Model(hidden_size=1152, depth=28, num_heads=16, patch_size=2, remat=True),
-    data=Data(name="imagenet2012", image_size=256, channels=3, num_classes=1000, latents=True, flip=True),
+    data=Data(name="imagenet2012", image_size=256, channels=3, num_classes=1000, latents="latents/imagenet256", flip=True),
     optim=Optim(learning_rate=1e-4, ema_decay=0.9999),
     train=Train(steps=400_000, batch_size=256, dtype="bfloat16"),
 )

@@ -6,6 +6,7 @@ flipped bit without a word.
 
 import dataclasses
 import json
+import shutil
 import zlib
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dit import config as dit_config
-from dit.config import Config, InputError
+from dit.config import Config, InputError, require
 from dit.model import DiT
 from dit.state import State, make_model
 
@@ -122,18 +123,35 @@ def stored_position(workdir: Path, step: int) -> dict[str, int]:
     return json.loads((workdir / "checkpoints" / str(step) / "position/metadata").read_text())
 
 
-def load(path: str | Path, ema: bool = True, sharding: jax.sharding.Sharding | None = None) -> tuple[DiT, Config]:
+def save_weights(path: Path, model: DiT, config: Config) -> None:
+    """Writes a model without a run behind it as the only checkpoint of a folder, which `load` reads; whole or not at all."""
+    folder, unfinished = path.resolve(), path.resolve().with_name(path.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    step = unfinished / "checkpoints" / "0"
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(step / "ema", model)
+    (step / "config").mkdir()
+    (step / "config/metadata").write_text(config.to_json())
+    (step / CHECKSUMS).write_text(json.dumps(checksums(step)))
+    unfinished.rename(folder)
+
+
+def load(path: str | Path, ema: bool = True, sharding: jax.sharding.Sharding | None = None, dtype: str | None = None
+         ) -> tuple[DiT, Config]:
     """The model of the newest intact checkpoint of a workdir (its average unless `ema` is False), and its config.
 
-    `sharding` places every parameter; None puts them on the first device. Raises InputError.
+    `sharding` places every parameter; None puts them on the first device. `dtype` is that of the computation; None is that of the
+    training. Raises InputError.
     """
     workdir = Path(path)
     step, broken = newest_intact(workdir)
     for other, what in broken.items():
         print(f"checkpoint {other}: {what}; using checkpoint {step}")
     config = stored_config(workdir, step)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=dtype or config.train.dtype))
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
                           jax.eval_shape(lambda: make_model(config, jax.random.key(0))))
     item = workdir.resolve() / "checkpoints" / str(step) / ("ema" if ema else "model")
+    require(item.is_dir(), "ema", ema, "True: these are converted weights, of which there is one set")
     return ocp.StandardCheckpointer().restore(item, target), config

@@ -56,7 +56,9 @@ class Data:
     image_size: int = 8  # side, in pixels; other sizes are centre-cropped and resized
     channels: int = 1  # colours of an image: 1 or 3
     num_classes: int = 10  # labels are 0 .. num_classes - 1; num_classes itself is the null class
-    latents: bool = False  # train on VAE latents (8 times smaller, 4 channels) of images of image_size
+    latents: str | None = None  # folder of VAE latents of these images, by dit.latents; None trains on pixels
+    latent_scale: float = 0.18215  # what makes the latents' standard deviation about 1
+    vae: str | None = None  # folder of the VAE that turns latents into pictures; None draws no sample grids of latents
     flip: bool = False  # mirror each image with probability 1/2
     class_names: tyro.conf.Suppress[tuple[str, ...]] = ()  # filled in from the data set
 
@@ -100,6 +102,16 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Eval:
+    every: int = 0  # steps between two measurements of FID and its kin on samples of the averaged weights; 0 makes none
+    inception: str | None = None  # the Inception weights that pytorch-fid publishes
+    reference: str | None = None  # statistics (.npz) or the name of a data set; None is the data set trained on
+    num_samples: int = 10_000  # samples drawn; FID falls with their number, and 50,000 are usual
+    guidance: float = 1.0  # guidance scale; 1 is none
+    batch_size: int = 256  # samples at a time, over all devices
+
+
+@dataclass(frozen=True)
 class Config:
     name: str = "dit"  # of the run
     model: Model = field(default_factory=Model)
@@ -108,6 +120,7 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     mesh: Mesh = field(default_factory=Mesh)
     train: Train = field(default_factory=Train)
+    eval: Eval = field(default_factory=Eval)
 
     @property
     def workdir(self) -> Path:
@@ -122,20 +135,21 @@ class Config:
     def validate(self) -> "Config":
         """Returns itself, or raises InputError for the first field that cannot be."""
         check_types(self)
-        m, o, d, p, t = self.model, self.objective, self.data, self.optim, self.train
+        m, o, d, p, t, e = self.model, self.objective, self.data, self.optim, self.train, self.eval
         side = self.input_shape[0]
         for name, value in {"model.hidden_size": m.hidden_size, "model.depth": m.depth, "model.num_heads": m.num_heads,
                             "model.patch_size": m.patch_size, "objective.num_steps": o.num_steps, "data.image_size": d.image_size,
                             "data.num_classes": d.num_classes, "optim.accumulate": p.accumulate, "mesh.fsdp": self.mesh.fsdp,
                             "train.steps": t.steps, "train.batch_size": t.batch_size, "train.log_every": t.log_every,
-                            "train.keep_last": t.keep_last, "train.sample_steps": t.sample_steps}.items():
+                            "train.keep_last": t.keep_last, "train.sample_steps": t.sample_steps, "data.latent_scale": d.latent_scale,
+                            "eval.num_samples": e.num_samples, "eval.batch_size": e.batch_size}.items():
             require(value > 0, name, value, "more than 0")
         require(d.channels in (1, 3), "data.channels", d.channels, "1 or 3")
         require(m.hidden_size * m.mlp_ratio >= 1, "model.mlp_ratio", m.mlp_ratio, "large enough for one channel")
         require(0 <= t.seed < 2**32, "train.seed", t.seed, "from 0 to 2^32 - 1")
         for name, value in {"optim.warmup_steps": p.warmup_steps, "optim.learning_rate": p.learning_rate, "optim.weight_decay":
                             p.weight_decay, "train.sample_every": t.sample_every, "train.checkpoint_every": t.checkpoint_every,
-                            "train.keep_every": t.keep_every}.items():
+                            "train.keep_every": t.keep_every, "eval.every": e.every}.items():
             require(value >= 0, name, value, "0 or more")
         for name, value in {"optim.beta1": p.beta1, "optim.beta2": p.beta2, "optim.ema_decay": p.ema_decay}.items():
             require(0 <= value < 1, name, value, "from 0 to below 1")
@@ -144,12 +158,17 @@ class Config:
         require(p.grad_clip is None or p.grad_clip > 0, "optim.grad_clip", p.grad_clip, "more than 0, or None")
         require(o.schedule == "cosine" or o.num_steps > 20, "objective.num_steps", o.num_steps, "more than 20 with the linear schedule")
         require(not d.latents or d.image_size % 8 == 0, "data.image_size", d.image_size, "a multiple of 8, the VAE's factor")
+        require(d.vae is None or d.latents, "data.vae", d.vae, "given with data.latents: pixels need none")
         require(side % m.patch_size == 0, "data.image_size", d.image_size,
-                f"a multiple of model.patch_size = {m.patch_size}" + " times the VAE's 8" * d.latents)
+                f"a multiple of model.patch_size = {m.patch_size}" + " times the VAE's 8" * bool(d.latents))
         require(m.hidden_size % m.num_heads == 0, "model.hidden_size", m.hidden_size, f"a multiple of model.num_heads = {m.num_heads}")
         require(m.hidden_size % 4 == 0, "model.hidden_size", m.hidden_size, "a multiple of 4, for the sin-cos positions")
         require(t.batch_size % p.accumulate == 0, "train.batch_size", t.batch_size, f"a multiple of optim.accumulate = {p.accumulate}")
         require(t.sample_steps <= o.num_steps, "train.sample_steps", t.sample_steps, f"at most objective.num_steps = {o.num_steps}")
+        require(not e.every or e.inception, "eval.inception", e.inception, "the weights file of pytorch-fid, where eval.every is set")
+        require(not e.every or not d.latents or d.vae, "data.vae", d.vae, "the folder of a VAE, where eval.every is set for latents")
+        require(not e.every or not d.latents or e.reference, "eval.reference", e.reference, "given for latents, which are no images")
+        require(e.num_samples > 1, "eval.num_samples", e.num_samples, "more than 1")
         require(not t.wandb or importlib.util.find_spec("wandb"), "train.wandb", t.wandb, "False, or wandb be installed")
         return self
 
@@ -186,12 +205,12 @@ def check_types(node, prefix: str = "") -> None:
 def differences(ours: Config, theirs: Config) -> list[str]:
     """What keeps a run of one config from going on under another: ["model.depth: 4, where 6 is stored", ...].
 
-    Where a run computes, how it is split up, how long it lasts and what it says may change; what it computes may not.
+    Where a run computes, where its files lie, how it is split up, how long it lasts and what it says may change; what it computes may not.
     """
     names = [f"{s}.{f.name}" for s in ("model", "objective", "data", "optim") for f in dataclasses.fields(getattr(ours, s))]
-    names += ["train.batch_size", "train.seed", "train.dtype"] + ["train.steps"] * (ours.optim.schedule == "cosine")
+    names += ["input_shape", "train.batch_size", "train.seed", "train.dtype"] + ["train.steps"] * (ours.optim.schedule == "cosine")
     found = []
-    for name in [name for name in names if name not in ("model.remat", "optim.accumulate")]:
+    for name in [name for name in names if name not in ("model.remat", "optim.accumulate", "data.latents", "data.vae")]:
         a, b = (operator.attrgetter(name)(config) for config in (ours, theirs))
         found += [f"{name}: {a!r}, where {b!r} is stored"] if a != b else []
     return found
@@ -202,7 +221,7 @@ def from_json(text: str) -> Config:
     values = json.loads(text)
     sections = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name != "name"}
     values["data"]["class_names"] = tuple(values["data"]["class_names"])
-    return Config(name=values["name"], **{name: section(**values[name]) for name, section in sections.items()})
+    return Config(name=values["name"], **{name: section(**values.get(name, {})) for name, section in sections.items()})
 
 
 def preset_names() -> list[str]:

@@ -1,16 +1,19 @@
-"""Data: a random-access source of labelled images, and the batch at any step as a function of (seed, step).
+"""Data: a random-access source of labelled images or latents, and the batch at any step as a function of (seed, step).
 
-Batches are dicts of NumPy arrays: `image` uint8 `[B, H, W, C]` and `label` int32 `[B]`. Scaling and flips run on the device.
+Batches are dicts of NumPy arrays: `image` uint8 `[B, H, W, C]` or `latent` float16 `[B, 2, h, w, 8]` (of the image and of its mirror
+image: the posterior's mean and standard deviation), and `label` int32 `[B]`. Scaling, flips and noise run on the device.
 """
 
 import difflib
+import io
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
-from dit.config import Data, InputError, one_line, require
+from dit.config import Config, Data, InputError, one_line, require
 from dit.images import centre_crop
 
 MEMORY_LIMIT = 4 << 30  # bytes of decoded images that are kept in memory rather than decoded again each epoch
@@ -18,7 +21,7 @@ MEMORY_LIMIT = 4 << 30  # bytes of decoded images that are kept in memory rather
 
 @dataclass(frozen=True)
 class Dataset:
-    """`records[i]` is {"image": uint8 [H, W, C], "label": int32}; `class_names` has a name for each label."""
+    """`records[i]` is {"image": uint8 [H, W, C], "label": int32}, or has a "latent"; `class_names` has a name for each label."""
 
     records: Sequence[dict[str, np.ndarray]]
     class_names: tuple[str, ...]
@@ -38,7 +41,7 @@ class InMemory:
 
 
 class Decoded:
-    """A TFDS data source as records: decoded, cropped and resized on access, in any thread."""
+    """A TFDS data source of encoded images as records: decoded, cropped and resized on access, in any thread."""
 
     def __init__(self, source, image_key: str, label_key: str, config: Data):
         self.source, self.image_key, self.label_key, self.config = source, image_key, label_key, config
@@ -50,20 +53,48 @@ class Decoded:
         return self.__getitems__([i])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
-        return [self.read(record) for record in self.source.__getitems__(indices)]
+        return [self.read(record, i) for record, i in zip(self.source.__getitems__(indices), indices)]
 
-    def read(self, record) -> dict[str, np.ndarray]:
-        image, label = record[self.image_key], record[self.label_key]
+    def read(self, record, i: int) -> dict[str, np.ndarray]:
+        label = record[self.label_key]
         if label < 0:  # TFDS marks a split without labels by -1
             raise InputError(f"data.split: {self.config.split!r} should have labels, and has {label}")
+        try:  # with one decoder and one colour space, whatever the file is in
+            image = Image.open(io.BytesIO(record[self.image_key])).convert("L" if self.config.channels == 1 else "RGB")
+        except OSError as error:
+            name = record.get("file_name", b"").decode() or f"record {i}"
+            raise InputError(f"{self.config.name}: {name} cannot be decoded ({one_line(error)})") from error
+        image = np.asarray(image).reshape(image.height, image.width, self.config.channels)
         return {"image": centre_crop(image, self.config.image_size), "label": np.int32(label)}
+
+
+class Latents:
+    """A data source that dit.latents wrote, as records."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        return [{"latent": record["latent"], "label": np.int32(record["label"])} for record in self.source.__getitems__(indices)]
+
+
+def batch_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Shape and type of each array of a batch."""
+    B, (H, W, C) = config.train.batch_size, config.input_shape
+    data = {"latent": ((B, 2, H, W, 2 * C), np.float16)} if config.data.latents else {"image": ((B, H, W, C), np.uint8)}
+    return data | {"label": ((B,), np.int32)}
 
 
 def open_dataset(config: Data) -> Dataset:
     """The data set a config names. Raises InputError where it is not to be had or is not what the config says."""
     if config.latents:
-        raise InputError(f"data.latents: True asks for VAE latents of {config.name!r}, which this version cannot make or read yet; "
-                         "plan, identity and parameter counts work without them")
+        return latents(config)
     return digits(config) if config.name == "digits" else tfds_images(config)
 
 
@@ -84,24 +115,82 @@ def digits(config: Data) -> Dataset:
     return Dataset(InMemory(images, labels.astype(np.int32)), names)
 
 
-def tfds_images(config: Data) -> Dataset:
-    """Any TFDS data set of images with one label, read through `tfds.data_source` without TensorFlow."""
+def decoded(config: Data) -> tuple[Decoded, tuple[str, ...]]:
+    """Any TFDS data set of images with one label, read through `tfds.data_source` without TensorFlow, and its class names."""
+    import tensorflow_datasets as tfds
+
     builder = tfds_builder(config.name)
     image_key, label_key = builder.info.supervised_keys or ("image", "label")
-    channels, names = builder.info.features[image_key].shape[-1], tuple(builder.info.features[label_key].names)
+    channels, names = builder.info.features[image_key].shape[-1], class_names(builder, label_key)
     require(channels in (config.channels, None), "data.channels", config.channels, f"{channels}, as in {config.name!r}")
     check_classes(config, names)
-    try:
-        source = builder.as_data_source(config.split)
-    except ValueError as error:
-        raise InputError(f"data.split: {config.split!r} should be one of {', '.join(builder.info.splits)}, or a slice of one "
-                         "that is not empty") from error
-    records = Decoded(source, image_key, label_key, config)
+    source = open_split(builder, config.split, decoders={image_key: tfds.decode.SkipDecoding()})
+    return Decoded(source, image_key, label_key, config), names
+
+
+def tfds_images(config: Data) -> Dataset:
+    """The images of a TFDS data set: in memory where they fit, decoded on access where not."""
+    records, names = decoded(config)
     if len(records) * config.image_size**2 * config.channels <= MEMORY_LIMIT:
         N = len(records)
-        decoded = [r for start in range(0, N, 1024) for r in records.__getitems__(range(start, min(start + 1024, N)))]
-        records = InMemory(np.stack([r["image"] for r in decoded]), np.stack([r["label"] for r in decoded]))
+        read = [r for start in range(0, N, 1024) for r in records.__getitems__(range(start, min(start + 1024, N)))]
+        records = InMemory(np.stack([r["image"] for r in read]), np.stack([r["label"] for r in read]))
     return Dataset(records, names)
+
+
+def tfds_data(name: str, split: str, image_size: int) -> Data:
+    """The config of a whole TFDS data set, its channels and classes filled in. Raises InputError."""
+    if name == "digits":
+        return Data()
+    builder = tfds_builder(name)
+    image_key, label_key = builder.info.supervised_keys or ("image", "label")
+    return Data(name=name, split=split, image_size=image_size, channels=builder.info.features[image_key].shape[-1] or 3,
+                num_classes=builder.info.features[label_key].num_classes)
+
+
+def latents(config: Data) -> Dataset:
+    """What dit.latents wrote to the folder `config.latents`. Raises InputError where it is of another kind, or not about N(0, 1)."""
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder_from_directory(config.latents)
+        shape = builder.info.features["latent"].shape
+    except (OSError, KeyError, ValueError, AssertionError, tfds.core.DatasetNotFoundError) as error:
+        raise InputError(f"data.latents: {config.latents!r} should be a finished folder of python -m dit.latents "
+                         f"({one_line(error)[:120]})") from error
+    side = config.image_size // 8
+    require(shape == (2, side, side, 8), "data.image_size", config.image_size, f"{shape[1] * 8}, that of {config.latents!r}")
+    names = class_names(builder, "label")
+    check_classes(config, names)
+    records = Latents(open_split(builder, config.split))
+    moments = np.stack([r["latent"] for r in records.__getitems__(np.linspace(0, len(records) - 1, 64).astype(int))]).astype(np.float64)
+    mean, std = np.split(moments, 2, axis=-1)
+    spread = np.sqrt(mean.var() + np.square(std).mean())  # of a sample of the posterior
+    if not 0.5 < config.latent_scale * spread < 2:
+        raise InputError(f"data.latent_scale: {config.latent_scale} gives {config.latents!r} a standard deviation of "
+                         f"{config.latent_scale * spread:.3g}, which should be near 1; {1 / spread:.3g} would")
+    return Dataset(records, names)
+
+
+def open_split(builder, split: str, **options):
+    try:
+        return builder.as_data_source(split, **options)
+    except ValueError as error:
+        raise InputError(f"data.split: {split!r} should be one of {', '.join(builder.info.splits)}, or a slice of one that is not "
+                         "empty") from error
+
+
+def class_names(builder, label_key: str) -> tuple[str, ...]:
+    """A name for each label: TFDS's own, but words for the synsets of ImageNet."""
+    names = tuple(builder.info.features[label_key].names)
+    return imagenet_names() if len(names) == 1000 and names[0] == "n01440764" else names
+
+
+def imagenet_names() -> tuple[str, ...]:
+    """The 1,000 classes of ILSVRC2012, each with its synonyms, separated by commas."""
+    from tensorflow_datasets.datasets.siscore.labels import IMAGENET_LABELS_LIST  # where TFDS keeps them
+
+    return tuple(IMAGENET_LABELS_LIST)
 
 
 def tfds_builder(name: str):

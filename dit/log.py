@@ -27,6 +27,30 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
 
 
+class Progress:
+    """A bar on a terminal; elsewhere a plain line, at most every five seconds. Process 0 only."""
+
+    def __init__(self, total: int, unit: str, done: int = 0):
+        self.bar = tqdm(total=total, initial=done, unit=f" {unit}", dynamic_ncols=True, disable=not sys.stderr.isatty())
+        self.total, self.unit, self.done, self.before, self.began = total, unit, done, done, time.monotonic()
+        self.told = self.began
+
+    def advance(self, count: int) -> None:
+        self.bar.update(count)
+        self.done += count
+        now = time.monotonic()
+        if self.bar.disable and jax.process_index() == 0 and now - self.told > 5:
+            self.told = now
+            rate = (self.done - self.before) / (now - self.began)
+            print(f"{self.done:,}/{self.total:,} {self.unit}, {rate:,.1f} {self.unit}/s", flush=True)
+
+    def over(self, items):
+        """The items, each counted as it goes by."""
+        for item in items:
+            self.advance(1)
+            yield item
+
+
 class Meter:
     """Images/s, TFLOP/s and MFU since the last reading, without the time that `skip` takes out."""
 

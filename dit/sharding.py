@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dit import config as dit_config
-from dit.config import InputError, require
+from dit.config import InputError, one_line, require
 
 SMALL = 2**14  # a tensor of fewer elements costs more to gather than to hold
 
@@ -23,6 +23,21 @@ def make_mesh(config: dit_config.Mesh, batch_size: int, accumulate: int = 1, dev
         raise InputError(f"train.batch_size: {batch_size} should be a multiple of the {len(devices)} devices"
                          + f" times optim.accumulate = {accumulate}" * (accumulate > 1))
     return jax.make_mesh((data, config.fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def connect(distributed: bool, name: str) -> None:
+    """Joins the other hosts, where there are any; `name` is the option that says so. Raises InputError."""
+    if distributed:
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"{name}: True should be set on hosts that find each other: Cloud TPU, Slurm, Open MPI, Kubernetes "
+                             f"({one_line(error)})") from error
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def shardings(tree, mesh: jax.sharding.Mesh):
@@ -48,3 +63,14 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 def place_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch as global arrays, spread over all devices."""
     return {name: jax.make_array_from_process_local_data(batch_sharding(mesh), rows) for name, rows in batch.items()}
+
+
+def split_parts(x, parts: int):
+    """Leaves `[B, ...]` to `[parts, B / parts, ...]`: part i takes rows i, i + parts, ..., so each device has its share of every part."""
+    return jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), x)
+
+
+def map_parts(f, x: jax.Array, parts: int) -> jax.Array:
+    """f over the rows of x `[B, ...]` in equal parts, one after the other, to save memory."""
+    y = jax.lax.map(f, split_parts(x, parts))  # [parts, B / parts, ...]
+    return y.swapaxes(0, 1).reshape(-1, *y.shape[2:])

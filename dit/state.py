@@ -10,7 +10,7 @@ from flax import nnx
 from dit.config import Config, Optim
 from dit.ddpm import DDPM
 from dit.model import DiT
-from dit.sharding import shardings
+from dit.sharding import shardings, split_parts
 
 
 @jax.tree_util.register_dataclass
@@ -65,8 +65,7 @@ def mean_over_parts(f, batch, parts: int):
     """f's mean over `parts` equal parts of a batch, computed one after the other; leaves of the batch are `[B, ...]`."""
     if parts == 1:
         return f(batch)
-    # part i takes rows i, i + parts, ...: each device computes its share of every part
-    batch = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)  # [parts, B / parts, ...]
+    batch = split_parts(batch, parts)  # [parts, B / parts, ...]
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(f, jax.tree.map(lambda a: a[0], batch)))
     total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, f(part)), None), zeros, batch)
     return jax.tree.map(lambda a: a / parts, total)

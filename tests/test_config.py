@@ -38,8 +38,8 @@ def test_every_preset_is_valid_and_survives_json(name):
     (dict(train=dict(seed=-1)), "train.seed: -1 should be from 0 to 2^32 - 1"),
     (dict(model=dict(mlp_ratio=0.01)), "model.mlp_ratio: 0.01 should be large enough"),
     (dict(data=dict(channels=2)), "data.channels: 2 should be 1 or 3"),
-    (dict(data=dict(latents=True, image_size=100)), "data.image_size: 100 should be a multiple of 8, the VAE's factor"),
-    (dict(data=dict(latents=True, image_size=248)), "data.image_size: 248 should be a multiple of model.patch_size = 2 times the VAE's 8"),
+    (dict(data=dict(latents="x", image_size=100)), "data.image_size: 100 should be a multiple of 8, the VAE's factor"),
+    (dict(data=dict(latents="x", image_size=248)), "data.image_size: 248 should be a multiple of model.patch_size = 2 times the VAE's 8"),
 ])
 def test_a_config_that_cannot_be_is_refused_by_field_value_and_remedy(sections, words):
     with pytest.raises(InputError) as refusal:

@@ -63,7 +63,7 @@ def test_the_processes_parts_make_up_the_batch():
     (dict(name="cifar10/plain"), "data.name: 'cifar10/plain' should be `digits` or a TFDS data set"),
     (dict(name="cifar_10"), "data.name: 'cifar_10' should be `digits` or a TFDS data set; the nearest is 'cifar10'"),
     (dict(name="ag_news_subset"), "should be a TFDS data set of images with one class label"),
-    (dict(latents=True, name="imagenet2012", image_size=256), "data.latents: True asks for VAE latents of 'imagenet2012'"),
+    (dict(latents="nowhere", name="imagenet2012", image_size=256), "data.latents: 'nowhere' should be a finished folder"),
 ])
 def test_data_that_is_not_what_the_config_says_is_refused(changed, words):
     with pytest.raises(InputError) as refusal:
