@@ -120,7 +120,9 @@ def stored_config(workdir: Path, step: int) -> Config:
 
 def stored_position(workdir: Path, step: int) -> dict[str, int]:
     """{"next_batch": the step whose batch comes next, counted from 0, "num_examples": images of the data set}."""
-    return json.loads((workdir / "checkpoints" / str(step) / "position/metadata").read_text())
+    file = workdir / "checkpoints" / str(step) / "position/metadata"
+    require(file.is_file(), "train.workdir", str(workdir), "a run's or new: it holds converted weights, from which no run goes on")
+    return json.loads(file.read_text())
 
 
 def save_weights(path: Path, model: DiT, config: Config) -> None:

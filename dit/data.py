@@ -163,7 +163,8 @@ def latents(config: Data) -> Dataset:
     names = class_names(builder, "label")
     check_classes(config, names)
     records = Latents(open_split(builder, config.split))
-    moments = np.stack([r["latent"] for r in records.__getitems__(np.linspace(0, len(records) - 1, 64).astype(int))]).astype(np.float64)
+    shown = np.linspace(0, len(records) - 1, 64).astype(int).tolist()
+    moments = np.stack([record["latent"] for record in records.__getitems__(shown)]).astype(np.float64)
     mean, std = np.split(moments, 2, axis=-1)
     spread = np.sqrt(mean.var() + np.square(std).mean())  # of a sample of the posterior
     if not 0.5 < config.latent_scale * spread < 2:
@@ -234,5 +235,5 @@ def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0, proces
 
     order = grain.MapDataset.source(dataset.records).seed(seed).shuffle().repeat()
     parts = order.batch(batch_size // processes)[start * processes + process::processes]
-    return iter(parts.to_iter_dataset(grain.ReadOptions(num_threads=1 if isinstance(dataset.records, InMemory) else 16,
-                                                        prefetch_buffer_size=4)))
+    threads = 1 if isinstance(dataset.records, InMemory) else 8
+    return iter(parts.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, 4))))

@@ -99,7 +99,7 @@ def check_settings(out: Path, settings: dict) -> None:
     file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def write_info(out: Path, features, split: str, shards: list[Path], total: int) -> int:
+def write_info(out: Path, features, split: str, shards: list[Path]) -> int:
     """Makes a TFDS folder of the shards, and returns the number of their records."""
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordReader
@@ -154,8 +154,8 @@ def run(options: LatentOptions) -> None:
             write_shard(shard, features, progress.over(encoded(vae, records, indices, options.batch_size * len(devices), mesh)))
     multihost_utils.sync_global_devices("all shards are written")
     if jax.process_index() == 0:
-        written = write_info(out, features, split, shards, N)
-        print(f"wrote {out}: latents of {written:,} images and their mirror images"
+        written = write_info(out, features, split, shards)
+        print(f"wrote {out}: latents of {written:,} images and their mirror images, {progress.rate:,.1f} images/s"
               + f", {N - written:,} skipped that cannot be decoded" * (written < N))
 
 

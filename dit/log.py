@@ -38,11 +38,14 @@ class Progress:
     def advance(self, count: int) -> None:
         self.bar.update(count)
         self.done += count
-        now = time.monotonic()
-        if self.bar.disable and jax.process_index() == 0 and now - self.told > 5:
-            self.told = now
-            rate = (self.done - self.before) / (now - self.began)
-            print(f"{self.done:,}/{self.total:,} {self.unit}, {rate:,.1f} {self.unit}/s", flush=True)
+        if self.bar.disable and jax.process_index() == 0 and time.monotonic() - self.told > 5:
+            self.told = time.monotonic()
+            print(f"{self.done:,}/{self.total:,} {self.unit}, {self.rate:,.1f} {self.unit}/s", flush=True)
+
+    @property
+    def rate(self) -> float:
+        """Units a second since the beginning."""
+        return (self.done - self.before) / (time.monotonic() - self.began)
 
     def over(self, items):
         """The items, each counted as it goes by."""

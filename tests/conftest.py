@@ -1,6 +1,7 @@
 """Eight fake CPU devices, no silent rank promotion, and the small things that many tests share."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from flax import nnx
 
 from dit.config import Config, Data, Model, Objective, Optim, Train
 from dit.model import DiT
+from dit.vae import VAE
+from dit.weights import torch_layout, write_tensors
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -73,3 +76,13 @@ def refused(capsys):
 
 def largest_difference(a, b) -> float:
     return max(float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def write_vae(folder: Path, widths=(8, 8, 12, 16), groups=4, seed=0) -> Path:
+    """A folder as diffusers writes one, of a small VAE with random weights, whose names are the published ones."""
+    folder.mkdir(parents=True)
+    vae = VAE(widths, 1, groups, rngs=nnx.Rngs(seed))
+    write_tensors(folder / "diffusion_pytorch_model.safetensors", torch_layout(vae))
+    (folder / "config.json").write_text(json.dumps({
+        "_class_name": "AutoencoderKL", "block_out_channels": widths, "layers_per_block": 1, "norm_num_groups": groups, "latent_channels": 4}))
+    return folder
