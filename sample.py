@@ -29,7 +29,7 @@ from dit.sharding import batch_sharding, connect, make_mesh, map_parts, replicat
 from dit.state import make_objective
 from dit.weights import load_vae
 
-DECODED_AT_ONCE = 8  # images that the VAE decodes at a time on each device: about 2 GB at 256x256, 8 GB at 512x512
+DECODED_PIXELS = 2**19  # that the VAE decodes at a time on each device: 8 images at 256x256, for which a CPU took 4 GB in all
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ def make_sampler(config: Config, options: Sample, devices: int = 1):
             x = sampling.ddim(process, denoise, keys, config.input_shape, options.steps, options.eta, clip)
         if vae is None:
             return to_uint8(x)
-        rows = len(labels) // devices
-        parts = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= DECODED_AT_ONCE)
+        rows, at_once = len(labels) // devices, max(1, DECODED_PIXELS // config.data.image_size**2)
+        parts = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= at_once)
         return map_parts(lambda z: to_uint8(vae.decode(z / config.data.latent_scale)), x, parts)
 
     return sample

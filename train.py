@@ -77,6 +77,7 @@ def make_grid_sampler(config: Config, vae, mesh: jax.sharding.Mesh):
 def make_evaluation(config: Config, vae, mesh: jax.sharding.Mesh):
     """The function (model) -> {"fid": ..., "sfid": ..., ...} of fresh samples, drawn and looked at on all devices."""
     e, t, devices = config.eval, config.train, jax.device_count()
+    fid.warn_of_few(e.num_samples)
     inception = jax.device_put(load_inception(e.inception), replicated(mesh))
     reference = fid.open_reference(e.reference or config.data.name, config.data.split, config.data.image_size, inception)
     options = Sample("", tuple(map(str, range(config.data.num_classes))), num_samples=e.num_samples, sampler=t.sampler,

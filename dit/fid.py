@@ -138,6 +138,11 @@ def scores(activations: Activations, reference: Reference) -> dict[str, float]:
     return found
 
 
+def warn_of_few(samples: int) -> None:
+    if samples < 2048:
+        print(f"warning: {samples} samples are fewer than the 2048 features: their covariance is singular and FID comes out too large")
+
+
 # Images to activations
 
 
@@ -219,8 +224,7 @@ def run(options: Fid) -> dict[str, float]:
     require(save is None or (save.endswith(".npz") and Path(save).parent.is_dir()), "--save-reference", save,
             "an .npz file in a folder that exists")
     inception = load_inception(options.inception)
-    if N < 2048:
-        print(f"warning: {N} samples are fewer than the 2048 features: their covariance is singular and FID comes out too large")
+    warn_of_few(N)
     reference = open_reference(options.reference, options.split, H, inception, save)
     found = scores(look(inception, batches, N), reference)
     for name, value in found.items():

@@ -140,7 +140,8 @@ def test_a_set_too_large_for_memory_is_decoded_on_access_with_the_same_batches(m
 def test_300_steps_of_cifar10_tiny_lower_the_loss(tmp_path):
     import json
 
-    train.main(["cifar10_tiny", "--workdir", str(tmp_path / "run"), "--train.steps", "300", "--train.sample-every", "0"])
+    train.main(["cifar10_tiny", "--workdir", str(tmp_path / "run"), "--train.steps", "300", "--train.sample-every", "0",
+                "--train.batch-size", "16"])
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 300 and np.isfinite([row["loss"] for row in rows]).all()
     assert np.mean([row["mse"] for row in rows[-3:]]) < 0.5 * rows[0]["mse"]

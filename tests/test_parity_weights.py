@@ -11,7 +11,11 @@ import pytest
 from conftest import awaken, inputs, tiny_model
 from test_parity import relative
 
+import sample
 from dit import checkpoint, convert, sampling
+from dit import config as dit_config
+from dit.model import position_embedding
+from dit.state import make_model
 from dit.weights import load_inception, load_vae
 
 pytestmark = pytest.mark.parity
@@ -225,3 +229,21 @@ def test_frechet_distance_equals_pytorch_fid():
         m.add(x)
     a, b = (m.gaussian() for m in moments)
     assert frechet_distance(a, b) == pytest.approx(calculate_frechet_distance(*a, *b), rel=1e-6)
+
+
+def test_the_whole_path_from_a_published_file_to_pictures_of_256x256(stable_diffusion_vae, tmp_path):
+    """A DiT-S/2 and Stable Diffusion's VAE, of random weights but of full size."""
+    import torch
+    from PIL import Image
+
+    abstract = jax.eval_shape(lambda: make_model(dit_config.load("imagenet256_s2"), jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    tensors = {name: torch.tensor(0.02 * rng.normal(size=a.shape).astype(np.float32))
+               for name, a in jax.eval_shape(convert.to_official, abstract).items()}
+    tensors["pos_embed"] = torch.tensor(position_embedding(16, 384))
+    torch.save({"ema": tensors}, tmp_path / "DiT-S-2-256x256.pt")
+    convert.main([str(tmp_path / "DiT-S-2-256x256.pt"), str(tmp_path / "s2")])
+    sample.main([str(tmp_path / "s2"), "--vae", str(stable_diffusion_vae[1]), "--classes", "golden retriever", "360", "--per-class", "1",
+                 "--guidance", "4", "--cfg-channels", "3", "--steps", "5", "--out", str(tmp_path / "x.png")])
+    picture = Image.open(tmp_path / "x.png")
+    assert picture.height == 2 * 258 + 2 and np.asarray(picture).std() > 10

@@ -11,6 +11,9 @@ from PIL import Image
 import sample
 import train
 from dit import checkpoint
+from dit.config import InputError, Mesh
+from dit.data import imagenet_names
+from dit.sharding import make_mesh, replicated
 from dit.state import make_model
 
 
@@ -74,6 +77,64 @@ def test_every_option_changes_what_it_should(run, tmp_path):
     assert (partly != guided).any() and (partly != base).any() and np.abs(never.astype(int) - base).max() <= 1
 
 
+def test_classes_go_by_number_name_or_synonym():
+    names = ("tench, Tinca tinca", "crane (bird)", "maillot", "maillot, tank suit", "golden retriever")
+    assert [sample.class_number(word, names) for word in ("4", "Golden Retriever", "tinca tinca", "tank suit")] == [4, 4, 0, 3]
+    with pytest.raises(InputError, match=r"'maillot' should be one of the numbers 2 \(maillot\), 3 \(maillot, tank suit\)"):
+        sample.class_number("maillot", names)
+    with pytest.raises(InputError, match="the nearest is 'golden retriever'"):
+        sample.class_number("golden retreiver", names)
+
+
+def test_a_grid_of_many_classes_shows_ten(run):
+    config = checkpoint.load(run)[1]
+    many = dataclasses.replace(config, data=dataclasses.replace(config.data, num_classes=1000, class_names=imagenet_names()))
+    assert len(sample.completed(sample.Sample("", out="x.png"), many).classes) == 10
+    assert len(sample.completed(sample.Sample("", out="x.npz"), many).classes) == 1000
+
+
+def test_many_samples_go_on_where_they_were_killed(refused, run, tmp_path, monkeypatch):
+    flags = ["--num-samples", "41", "--steps", "3", "--batch-size", "8", "--sampler", "ddpm"]
+    whole, labels = draw(run, tmp_path, *flags)
+    assert len(whole) == 41 and len(np.unique(labels)) > 5 and labels.min() >= 0 and labels.max() <= 9
+    _, more = draw(run, tmp_path, *flags[2:], "--num-samples", "53")
+    np.testing.assert_array_equal(more[:41], labels)  # a label is a function of (seed, index)
+
+    out, made, before = tmp_path / "y.npz", [], sample.make_draw
+
+    def dies(*args):
+        drawn = before(*args)
+
+        def draw(labels, first):
+            made.append(first)
+            if len(made) == 3:
+                raise KeyboardInterrupt
+            return drawn(labels, first)
+
+        return draw
+
+    monkeypatch.setattr(sample, "make_draw", dies)
+    with pytest.raises(KeyboardInterrupt):
+        sample.main([str(run), *flags, "--out", str(out)])
+    assert not out.exists() and "with seed 0 rather than 1" in refused(sample.main, run, *flags, "--seed", "1", "--out", out)
+    sample.main([str(run), *flags, "--out", str(out)])
+    assert made == [0, 8, 16, 16, 24, 32, 40], "what was drawn is not drawn again"
+    np.testing.assert_array_equal(np.load(out)["arr_0"], whole)
+    np.testing.assert_array_equal(np.load(out)["arr_1"], labels)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npz", "y.npz"]
+
+
+def test_the_images_are_the_same_for_any_number_of_devices(run):
+    model, config = checkpoint.load(run)
+    options = sample.completed(sample.Sample("", steps=5, guidance=2.0, out="x.npz"), config)
+    labels = np.arange(10, dtype=np.int32)
+    images = []
+    for count in (1, 8):
+        mesh = make_mesh(Mesh(), count, devices=jax.devices()[:count])
+        images.append(sample.make_draw(jax.device_put(model, replicated(mesh)), None, config, options, mesh)(labels, 3).astype(int))
+    assert np.abs(images[0] - images[1]).max() <= 1 and images[0].std() > 10
+
+
 def test_png_is_a_labelled_grid_one_class_a_row(run, tmp_path, capsys):
     out = tmp_path / "x.png"
     sample.main([str(run), "--classes", "3", "5", "--per-class", "4", "--steps", "3", "--out", str(out)])
@@ -84,7 +145,10 @@ def test_png_is_a_labelled_grid_one_class_a_row(run, tmp_path, capsys):
 @pytest.mark.parametrize("flags, words", [
     (["--classes", "3", "10"], "--classes: 10 should be from 0 to 9: the model has 10 classes"),
     (["--classes", "-1"], "--classes: -1 should be from 0 to 9"),
-    (["--classes", "cat"], "Error parsing --classes"),
+    (["--classes", "cat"], "--classes: 'cat' should be a number from 0 to 9 or the name of a class; the nearest is"),
+    (["--num-samples", "0", "--out", "x.npz"], "--num-samples: 0 should be more than 0"),
+    (["--num-samples", "9", "--out", "x.png"], "--num-samples: 9 should be given with an --out that ends in .npz"),
+    (["--vae", "somewhere"], "--vae: 'somewhere' should be left out: the model makes pixels, not latents"),
     (["--steps", "102"], "--steps: 102 should be from 1 to the model's 101 timesteps"),
     (["--steps", "0"], "--steps: 0 should be from 1"),
     (["--eta", "2"], "--eta: 2.0 should be from 0 to 1"),
