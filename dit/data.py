@@ -217,7 +217,7 @@ def tfds_builder(name: str):
         try:  # TFDS itself tries for minutes before it gives up
             requests.head("https://storage.googleapis.com", timeout=5)
             builder.download_and_prepare()
-        except (requests.exceptions.RequestException, tfds.download.DownloadError, AssertionError, OSError) as error:
+        except (requests.exceptions.RequestException, tfds.download.DownloadError, AssertionError, ImportError, OSError) as error:
             offline = isinstance(error, requests.exceptions.RequestException)
             reason = "no network" if offline else f"{type(error).__name__} {one_line(error)}"
             raise InputError(f"data.name: {name!r} is not in {builder.data_dir} and cannot be fetched ({reason}); set TFDS_DATA_DIR to "
