@@ -11,7 +11,7 @@ demo: .venv/.demo
 	@echo "A grid of digits, one class a row: runs/digits/demo.png"
 
 test: .venv/.test
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 parity: .venv/.parity
 	$(BIN)/python -m pytest -m parity

@@ -40,7 +40,7 @@ class Progress:
         self.done += count
         if self.bar.disable and jax.process_index() == 0 and time.monotonic() - self.told > 5:
             self.told = time.monotonic()
-            print(f"{self.done:,}/{self.total:,} {self.unit}, {self.rate:,.1f} {self.unit}/s", flush=True)
+            print(f"{self.done:,}/{self.total:,} {self.unit}, {self.rate:,.1f} {self.unit}/s", file=sys.stderr, flush=True)
 
     @property
     def rate(self) -> float:

@@ -9,6 +9,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # many tests compile the same small step: compile it once, for the workers and the commands that tests start as well
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".pytest_cache/xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling takes most of the time, and is over twice as fast
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,14 @@ def tiny_config(**sections) -> Config:
 
 TINY = """digits --model.hidden-size 20 --model.depth 2 --model.num-heads 5 --train.batch-size 16 --train.log-every 1
           --train.sample-every 0 --train.sample-steps 3 --objective.num-steps 101 --optim.schedule constant""".split()
+
+
+@pytest.fixture
+def optimised():
+    """For a test that runs for longer than it compiles."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

@@ -137,7 +137,7 @@ def test_a_set_too_large_for_memory_is_decoded_on_access_with_the_same_batches(m
 
 
 @needs_cifar10
-def test_300_steps_of_cifar10_tiny_lower_the_loss(tmp_path):
+def test_300_steps_of_cifar10_tiny_lower_the_loss(optimised, tmp_path):
     import json
 
     train.main(["cifar10_tiny", "--workdir", str(tmp_path / "run"), "--train.steps", "300", "--train.sample-every", "0",
