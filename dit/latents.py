@@ -80,11 +80,13 @@ def encoded(vae, records: data.Decoded, indices: range, batch_size: int, mesh) -
 def write_shard(path: Path, features, examples: Iterator[dict[str, np.ndarray]]) -> int:
     """Writes examples as an ArrayRecord file, whole or not at all, and returns their number."""
     from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
 
     unfinished, count = path.with_name("unfinished-" + path.name), 0
     writer = ArrayRecordWriter(str(unfinished), "group_size:1")  # read one by one, in any order
     for count, example in enumerate(examples, start=1):
-        writer.write(features.serialize_example(example))
+        proto = tf_example_pb2.Example.FromString(features.serialize_example(example))
+        writer.write(proto.SerializeToString(deterministic=True))  # the order of its fields is the process's own otherwise
     writer.close()
     unfinished.rename(path)
     return count

@@ -79,6 +79,8 @@ def test_latents_are_records_that_grain_and_tfds_read_at_random(folder):
     features = tfds.builder_from_directory(folder).info.features
     for i in (36, 0, 20):
         np.testing.assert_array_equal(features.deserialize_example_np(source[i])["latent"], dataset.records[i]["latent"])
+    stored = [bytes(source[i]) for i in range(37)]  # in one order of the fields, whatever the process that wrote them
+    assert all(record.index(b"label") < record.index(b"latent") for record in stored)
     batch = next(data.batches(dataset, 8, seed=0))
     assert batch["latent"].shape == (8, 2, 6, 6, 8) and batch["latent"].dtype == np.float16 and batch["label"].dtype == np.int32
 
