@@ -19,12 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax.experimental import multihost_utils
+from PIL import Image
 
 from dit import checkpoint, sampling
 from dit import config as dit_config
-from dit.config import Config, InputError, require
-from dit.images import save_grid, to_uint8, write_npz
+from dit.config import Config, InputError, one_line, require
+from dit.images import centre_crop, from_uint8, save_grid, to_uint8, write_npz
 from dit.log import Progress
+from dit.normalization import adain
 from dit.sharding import batch_sharding, connect, make_mesh, map_parts, replicated
 from dit.state import make_objective
 from dit.weights import load_vae
@@ -44,6 +46,10 @@ class Sample:
     eta: float = 0.0  # noise of DDIM, from 0 to DDPM's at 1
     cfg_channels: int | None = None  # guide only the first so many channels; None guides all, 3 is the published DiT
     guidance_interval: tuple[float, float] | None = None  # guide only at timesteps from LOW to below HIGH
+    mask: str | None = None  # picture of the layout's labels, for a model with masks; None asks for no layout
+    resize_mask: bool = False  # resize a mask of another size
+    style: str | None = None  # picture whose channel means and deviations each prediction of the clean image takes (AdaIN)
+    style_strength: float = 1.0  # how far it takes them: 0 is not at all
     vae: str | None = None  # folder of the VAE that decodes latents (diffusers' AutoencoderKL); None is the run's data.vae
     seed: int = 0  # of all noise
     batch_size: int = 256  # images at a time, over all devices of a host
@@ -97,6 +103,8 @@ def completed(options: Sample, config: Config) -> Sample:
     if options.num_samples is not None:
         require(options.num_samples > 0, "--num-samples", options.num_samples, "more than 0")
         require(out.suffix == ".npz", "--num-samples", options.num_samples, "given with an --out that ends in .npz")
+    require(options.mask is None or config.data.mask_classes, "--mask", options.mask, "left out: the model was trained without masks")
+    require(0 <= options.style_strength <= 1, "--style-strength", options.style_strength, "from 0 to 1")
     if config.data.latents:
         require(options.vae is not None, "--vae", options.vae, "the folder of a VAE: the model makes latents, not pixels")
     else:
@@ -114,25 +122,66 @@ def labels_of(options: Sample, config: Config) -> np.ndarray:
     return classes[jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, unused), (), 0, len(classes)))(keys)]
 
 
-def make_sampler(config: Config, options: Sample, devices: int = 1):
-    """The jitted function (model, vae, labels `[B]`, indices `[B]`) -> uint8 `[B, H, W, C]`; vae is None for pixels.
+def read_mask(options: Sample, config: Config) -> np.ndarray:
+    """The mask uint8 `[H, W]` of a picture, or the null mask where none is asked for. Raises InputError."""
+    size, K = config.data.image_size, config.data.mask_classes
+    if options.mask is None:
+        return np.full((size, size), K, np.uint8)
+    picture = open_picture("--mask", options.mask)
+    picture = picture if picture.mode in ("P", "L") else picture.convert("L")
+    if picture.size != (size, size):
+        require(options.resize_mask, "--mask", "x".join(map(str, picture.size)), f"{size}x{size}, or be resized with --resize-mask")
+        picture = picture.resize((size, size), Image.Resampling.NEAREST)
+    mask = np.asarray(picture)
+    mask = np.where(mask == 255, 1, mask) if K == 2 else mask  # black and white are as good as 0 and 1
+    require(mask.max() < K, "--mask", int(mask.max()), f"labels from 0 to {K - 1}: the model's masks have {K} classes")
+    return mask.astype(np.uint8)
 
-    devices: how many share the batch, of which each decodes only so many latents at a time as fit.
+
+def read_style(path: str, config: Config, vae) -> jax.Array:
+    """A picture as the sampler takes it: pixels in [-1, 1] or scaled latents, `[1, h, w, C]`. Raises InputError."""
+    picture, C = open_picture("--style", path), config.data.channels
+    image = np.asarray(picture.convert("L" if C == 1 else "RGB")).reshape(picture.height, picture.width, C)
+    require(C == 1 or (image != image[..., :1]).any(), "--style", path, "a picture in colour, as the model's are")
+    if vae is None:
+        return from_uint8(jnp.asarray(image))[None]
+    crop = from_uint8(jnp.asarray(centre_crop(image, config.data.image_size)))[None]
+    return config.data.latent_scale * jax.jit(lambda vae, x: vae.encode(x)[0])(vae, crop)
+
+
+def open_picture(option: str, path: str) -> Image.Image:
+    try:
+        picture = Image.open(path)
+        picture.load()
+    except OSError as error:
+        raise InputError(f"{option}: {path!r} should be a picture ({one_line(error)})") from error
+    return picture
+
+
+def make_sampler(config: Config, options: Sample, devices: int = 1, style: jax.Array | None = None):
+    """The jitted function (model, vae, y, indices `[B]`) -> uint8 `[B, H, W, C]`; y is what the model takes, vae is None for pixels.
+
+    devices: how many share the batch, of which each decodes only so many latents at a time as fit. style: `[1, h, w, C]`, pixels or
+    latents, whose statistics the predictions take.
     """
     process, K = make_objective(config), config.data.num_classes
+    null = (K, config.data.mask_classes) if config.data.mask_classes else K
+
+    def correct(x0):
+        x0 = x0 if style is None else adain(x0, style, options.style_strength)
+        return x0 if config.data.latents else sampling.clip_pixels(x0)
 
     @jax.jit
-    def sample(model, vae, labels, indices):
+    def sample(model, vae, y, indices):
         keys = sampling.sample_keys(options.seed, indices)
-        denoise = sampling.guided(model, labels, K, options.guidance, options.cfg_channels, options.guidance_interval)
-        clip = vae is None  # pixels end at -1 and 1, latents do not
+        denoise = sampling.guided(model, y, null, options.guidance, options.cfg_channels, options.guidance_interval)
         if options.sampler == "ddpm":
-            x = sampling.ddpm(process, denoise, keys, config.input_shape, options.steps, clip)
+            x = sampling.ddpm(process, denoise, keys, config.input_shape, options.steps, correct)
         else:
-            x = sampling.ddim(process, denoise, keys, config.input_shape, options.steps, options.eta, clip)
+            x = sampling.ddim(process, denoise, keys, config.input_shape, options.steps, options.eta, correct)
         if vae is None:
             return to_uint8(x)
-        rows, at_once = len(labels) // devices, max(1, DECODED_PIXELS // config.data.image_size**2)
+        rows, at_once = len(indices) // devices, max(1, DECODED_PIXELS // config.data.image_size**2)
         parts = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= at_once)
         return map_parts(lambda z: to_uint8(vae.decode(z / config.data.latent_scale)), x, parts)
 
@@ -141,13 +190,15 @@ def make_sampler(config: Config, options: Sample, devices: int = 1):
 
 def make_draw(model, vae, config: Config, options: Sample, mesh: jax.sharding.Mesh):
     """The function (labels `[N]`, first index) -> uint8 `[N, H, W, C]`, in equal batches over the mesh's devices."""
-    devices = mesh.devices.size
-    sample, rows = make_sampler(config, options, devices), batch_sharding(mesh)
+    devices, rows = mesh.devices.size, batch_sharding(mesh)
+    sample = make_sampler(config, options, devices, read_style(options.style, config, vae) if options.style else None)
+    mask = read_mask(options, config) if config.data.mask_classes else None
 
     def draw(labels: np.ndarray, first: int) -> np.ndarray:
         N = len(labels)
         padded = np.minimum(np.arange(-(-N // devices) * devices), N - 1)  # the last image repeated, to fill all devices
-        return np.asarray(sample(model, vae, jax.device_put(labels[padded], rows), jax.device_put(first + padded, rows)))[:N]
+        y = labels[padded] if mask is None else (labels[padded], np.tile(mask, (len(padded), 1, 1)))
+        return np.asarray(sample(model, vae, *jax.device_put((y, first + padded), rows)))[:N]
 
     return draw
 

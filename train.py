@@ -38,9 +38,11 @@ def make_train_step(config: Config):
     def train_step(state: State, batch: dict[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(run_keys(config)[1], state.step)
         data_key, drop_key, noise_key = jax.random.split(key, 3)
-        x = prepare(batch, data_key, config.data.flip, config.data.latent_scale)  # [B, H, W, C]
-        y = batch["label"]  # [B]
-        y = jnp.where(jax.random.bernoulli(drop_key, config.objective.label_dropout, y.shape), config.data.num_classes, y)
+        x, mask = prepare(batch, data_key, config.data.flip, config.data.latent_scale)  # [B, H, W, C], [B, H, W] or None
+        chance = jax.random.uniform(drop_key, (len(x),))
+        y = jnp.where(chance < config.objective.label_dropout, config.data.num_classes, batch["label"])  # [B]
+        if mask is not None:
+            y = y, jnp.where((chance < config.objective.mask_dropout)[:, None, None], config.data.mask_classes, mask)
 
         def loss_and_grads(part):
             return jax.value_and_grad(objective.loss, has_aux=True)(state.model, *part)
@@ -65,12 +67,21 @@ def compile_train_step(config: Config, mesh: jax.sharding.Mesh):
     return step.lower(target, batch).compile()
 
 
-def make_grid_sampler(config: Config, vae, mesh: jax.sharding.Mesh):
+def example_masks(dataset: Dataset, labels: np.ndarray) -> np.ndarray:
+    """A mask `[N, H, W]` for each label, of the class's own images where it has any among the first thousand."""
+    records = [dataset.records[i] for i in range(min(len(dataset.records), 1000))]
+    own = {k: [record["mask"] for record in records if record["label"] == k] for k in set(labels.tolist())}
+    any_class = [record["mask"] for record in records]
+    return np.stack([(own[k] or any_class)[i % len(own[k] or any_class)] for i, k in enumerate(labels.tolist())])
+
+
+def make_grid_sampler(config: Config, vae, dataset: Dataset, mesh: jax.sharding.Mesh):
     """The function (model) -> uint8 `[rows * 8, H, W, C]` from fixed noise, eight a class, and the names of its rows."""
     t, classes = config.train, spread(config.data.num_classes)
-    labels = jnp.asarray(classes.repeat(8))
+    labels = classes.repeat(8)
+    y = jax.tree.map(jnp.asarray, (labels, example_masks(dataset, labels)) if config.data.mask_classes else labels)
     sample = make_sampler(config, Sample("", sampler=t.sampler, steps=t.sample_steps, guidance=t.guidance, seed=t.seed))
-    everywhere = jax.jit(lambda model, vae: sample(model, vae, labels, jnp.arange(len(labels))), out_shardings=replicated(mesh))
+    everywhere = jax.jit(lambda model, vae: sample(model, vae, y, jnp.arange(len(labels))), out_shardings=replicated(mesh))
     return lambda model: np.asarray(everywhere(model, vae)), [config.data.class_names[k].split(",")[0] for k in classes]
 
 
@@ -83,15 +94,15 @@ def make_evaluation(config: Config, vae, mesh: jax.sharding.Mesh):
     options = Sample("", tuple(map(str, range(config.data.num_classes))), num_samples=e.num_samples, sampler=t.sampler,
                      steps=t.sample_steps, guidance=e.guidance, seed=t.seed)
     labels, sample = labels_of(options, config), make_sampler(config, options, devices)
-    extract = jax.jit(lambda model, vae, inception, labels, indices: inception(sample(model, vae, labels, indices)),
-                      out_shardings=replicated(mesh))
+    extract = jax.jit(lambda model, vae, inception, y, indices: inception(sample(model, vae, y, indices)), out_shardings=replicated(mesh))
+    null_mask = np.full(config.input_shape[:2], config.data.mask_classes, np.uint8)
 
     def evaluate(model) -> dict[str, float]:
         activations, B = fid.Activations(), -(-e.batch_size // devices) * devices
         for first in range(0, e.num_samples, B):
             indices = np.minimum(np.arange(first, first + B), e.num_samples - 1)
-            rows = jax.device_put((labels[indices], indices), batch_sharding(mesh))
-            features = extract(model, vae, inception, *rows)
+            y = (labels[indices], np.tile(null_mask, (B, 1, 1))) if config.data.mask_classes else labels[indices]
+            features = extract(model, vae, inception, *jax.device_put((y, indices), batch_sharding(mesh)))
             activations.add(jax.tree.map(lambda a: a[:e.num_samples - first], features))
         return fid.scores(activations, reference)
 
@@ -184,7 +195,7 @@ def train(config: Config) -> State:
     else:
         log.say(f"already at step {start}: nothing to do before --train.steps {start + 1}")
     data = batches(dataset, t.batch_size, t.seed, start, jax.process_index(), jax.process_count())
-    sample_grid, row_names = make_grid_sampler(config, vae, mesh)
+    sample_grid, row_names = make_grid_sampler(config, vae, dataset, mesh)
     meter, waiting, window = Meter(2 * 3 * multiply_adds(state.model)), [], []
 
     def settle():

@@ -47,6 +47,7 @@ class Objective:
     variance: Literal["learned_range", "fixed_small", "fixed_large"] = "learned_range"  # of the reverse process
     min_snr_gamma: float | None = None  # weigh the squared error by min(SNR, gamma) / SNR; None weighs all timesteps alike
     label_dropout: float = 0.1  # probability of the null class in place of the label, for classifier-free guidance
+    mask_dropout: float = 0.2  # probability of no mask where the model has one; it takes in that of the label
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Data:
     latent_scale: float = 0.18215  # what makes the latents' standard deviation about 1
     vae: str | None = None  # folder of the VAE that turns latents into pictures; None draws no sample grids of latents
     flip: bool = False  # mirror each image with probability 1/2
+    mask_classes: int = 0  # classes of a layout mask that conditions the model beside the label; 0 has no mask
     class_names: tyro.conf.Suppress[tuple[str, ...]] = ()  # filled in from the data set
 
 
@@ -153,7 +155,12 @@ class Config:
             require(value >= 0, name, value, "0 or more")
         for name, value in {"optim.beta1": p.beta1, "optim.beta2": p.beta2, "optim.ema_decay": p.ema_decay}.items():
             require(0 <= value < 1, name, value, "from 0 to below 1")
-        require(0 <= o.label_dropout <= 1, "objective.label_dropout", o.label_dropout, "a probability, from 0 to 1")
+        for name, value in {"objective.label_dropout": o.label_dropout, "objective.mask_dropout": o.mask_dropout}.items():
+            require(0 <= value <= 1, name, value, "a probability, from 0 to 1")
+        require(0 <= d.mask_classes <= 255, "data.mask_classes", d.mask_classes, "from 0 to 255")
+        require(not d.mask_classes or m.conditioning in ("adaln_zero", "adaln"), "data.mask_classes", d.mask_classes,
+                f"0 with model.conditioning = {m.conditioning!r}, which cannot vary in space")
+        require(not d.mask_classes or not d.latents, "data.mask_classes", d.mask_classes, "0 with data.latents, which carry no masks")
         require(o.min_snr_gamma is None or o.min_snr_gamma > 0, "objective.min_snr_gamma", o.min_snr_gamma, "more than 0, or None")
         require(p.grad_clip is None or p.grad_clip > 0, "optim.grad_clip", p.grad_clip, "more than 0, or None")
         require(o.schedule == "cosine" or o.num_steps > 20, "objective.num_steps", o.num_steps, "more than 20 with the linear schedule")

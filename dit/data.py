@@ -1,7 +1,8 @@
 """Data: a random-access source of labelled images or latents, and the batch at any step as a function of (seed, step).
 
 Batches are dicts of NumPy arrays: `image` uint8 `[B, H, W, C]` or `latent` float16 `[B, 2, h, w, 8]` (of the image and of its mirror
-image: the posterior's mean and standard deviation), and `label` int32 `[B]`. Scaling, flips and noise run on the device.
+image: the posterior's mean and standard deviation), `label` int32 `[B]`, and `mask` uint8 `[B, H, W]` where the model has one. Scaling,
+flips and noise run on the device.
 """
 
 import difflib
@@ -28,16 +29,16 @@ class Dataset:
 
 
 class InMemory:
-    """Decoded images uint8 `[N, H, W, C]` and labels int32 `[N]` as records."""
+    """Decoded images uint8 `[N, H, W, C]`, labels int32 `[N]` and, where there are any, masks uint8 `[N, H, W]` as records."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray):
-        self.images, self.labels = images, labels
+    def __init__(self, images: np.ndarray, labels: np.ndarray, masks: np.ndarray | None = None):
+        self.images, self.labels, self.masks = images, labels, masks
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        return {"image": self.images[i], "label": self.labels[i]}
+        return {"image": self.images[i], "label": self.labels[i]} | ({} if self.masks is None else {"mask": self.masks[i]})
 
 
 class Decoded:
@@ -65,7 +66,12 @@ class Decoded:
             name = record.get("file_name", b"").decode() or f"record {i}"
             raise InputError(f"{self.config.name}: {name} cannot be decoded ({one_line(error)})") from error
         image = np.asarray(image).reshape(image.height, image.width, self.config.channels)
-        return {"image": centre_crop(image, self.config.image_size), "label": np.int32(label)}
+        found = {"image": centre_crop(image, self.config.image_size), "label": np.int32(label)}
+        if self.config.mask_classes:
+            mask = record["segmentation_mask"] - 1  # TFDS counts the classes of its masks from 1
+            require(mask.max() < self.config.mask_classes, "data.mask_classes", self.config.mask_classes, f"at least {mask.max() + 1}")
+            found["mask"] = centre_crop(mask, self.config.image_size, labels=True)[..., 0]
+        return found
 
 
 class Latents:
@@ -88,7 +94,7 @@ def batch_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], type]]:
     """Shape and type of each array of a batch."""
     B, (H, W, C) = config.train.batch_size, config.input_shape
     data = {"latent": ((B, 2, H, W, 2 * C), np.float16)} if config.data.latents else {"image": ((B, H, W, C), np.uint8)}
-    return data | {"label": ((B,), np.int32)}
+    return data | {"label": ((B,), np.int32)} | ({"mask": ((B, H, W), np.uint8)} if config.data.mask_classes else {})
 
 
 def open_dataset(config: Data) -> Dataset:
@@ -112,7 +118,15 @@ def digits(config: Data) -> Dataset:
             "(8, 1), those of 'digits'")
     images, labels = load_digits(return_X_y=True)
     images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
-    return Dataset(InMemory(images, labels.astype(np.int32)), names)
+    require(config.mask_classes in (0, 2), "data.mask_classes", config.mask_classes, "2 for 'digits': paper and ink")
+    return Dataset(InMemory(images, labels.astype(np.int32), ink(images) if config.mask_classes else None), names)
+
+
+def ink(images: np.ndarray) -> np.ndarray:
+    """Which parts of images uint8 `[N, H, W, 1]` carry ink: 1 where a cell of 2 x 2 pixels is a third full, else 0, `[N, H, W]`."""
+    N, H, W, _ = images.shape
+    cells = images.reshape(N, H // 2, 2, W // 2, 2).mean(axis=(2, 4)) >= 85
+    return cells.repeat(2, axis=1).repeat(2, axis=2).astype(np.uint8)
 
 
 def decoded(config: Data) -> tuple[Decoded, tuple[str, ...]]:
@@ -124,6 +138,8 @@ def decoded(config: Data) -> tuple[Decoded, tuple[str, ...]]:
     channels, names = builder.info.features[image_key].shape[-1], class_names(builder, label_key)
     require(channels in (config.channels, None), "data.channels", config.channels, f"{channels}, as in {config.name!r}")
     check_classes(config, names)
+    require(not config.mask_classes or "segmentation_mask" in builder.info.features, "data.mask_classes", config.mask_classes,
+            f"0: {config.name!r} has no segmentation_mask")
     source = open_split(builder, config.split, decoders={image_key: tfds.decode.SkipDecoding()})
     return Decoded(source, image_key, label_key, config), names
 
@@ -134,7 +150,7 @@ def tfds_images(config: Data) -> Dataset:
     if len(records) * config.image_size**2 * config.channels <= MEMORY_LIMIT:
         N = len(records)
         read = [r for start in range(0, N, 1024) for r in records.__getitems__(range(start, min(start + 1024, N)))]
-        records = InMemory(np.stack([r["image"] for r in read]), np.stack([r["label"] for r in read]))
+        records = InMemory(*(np.stack([record[name] for record in read]) for name in read[0]))
     return Dataset(records, names)
 
 

@@ -113,11 +113,11 @@ class DDPM:
         """(3), solved for eps."""
         return (at(1 / np.sqrt(self.alphas_cumprod), t) * xt - x0) / at(np.sqrt(1 / self.alphas_cumprod - 1), t)
 
-    def p_mean_variance(self, model_output: jax.Array, xt: jax.Array, t: jax.Array, clip: bool = False) -> Gaussian:
-        """p(x_{t-1} | x_t) from the network's output `[B, H, W, C or 2C]`; `clip` holds x_0 within [-1, 1], where pixels are."""
+    def p_mean_variance(self, model_output: jax.Array, xt: jax.Array, t: jax.Array, correct=None) -> Gaussian:
+        """p(x_{t-1} | x_t) from the network's output `[B, H, W, C or 2C]`; the predicted x_0 is first passed through `correct`."""
         eps, v = split_output(model_output, xt.shape[-1])
         pred_x0 = self.pred_x0(eps, xt, t)
-        pred_x0 = jnp.clip(pred_x0, -1, 1) if clip else pred_x0
+        pred_x0 = correct(pred_x0) if correct else pred_x0
         mean, small = self.q_posterior(pred_x0, xt, t)
         if self.variance == "learned_range":
             fraction = (v + 1) / 2

@@ -22,29 +22,33 @@ def to_uint8(image: jax.Array) -> jax.Array:
     return jnp.round((jnp.clip(image, -1, 1) + 1) * 127.5).astype(jnp.uint8)
 
 
-def prepare(batch: dict[str, jax.Array], key: jax.Array, flip: bool, latent_scale: float) -> jax.Array:
+def prepare(batch: dict[str, jax.Array], key: jax.Array, flip: bool, latent_scale: float) -> tuple[jax.Array, jax.Array | None]:
     """What the network is trained on, float32 `[B, H, W, C]`: pixels in [-1, 1], or a fresh sample of the VAE's posterior, scaled.
 
-    With `flip`, each is mirrored with probability 1/2. `batch` is as in `dit.data`.
+    And its mask `[B, H, W]`, where there is one. With `flip`, each is mirrored with probability 1/2. `batch` is as in `dit.data`.
     """
     mirrored = jax.random.bernoulli(key, 0.5 * flip, (len(batch["label"]), 1, 1, 1))
     if "image" in batch:
-        x = from_uint8(batch["image"])
-        return jnp.where(mirrored, x[:, :, ::-1], x)
+        x, mask = from_uint8(batch["image"]), batch.get("mask")
+        return jnp.where(mirrored, x[:, :, ::-1], x), mask if mask is None else jnp.where(mirrored[..., 0], mask[:, :, ::-1], mask)
     latent = batch["latent"].astype(jnp.float32)  # [B, 2, h, w, 8]
     mean, std = jnp.split(jnp.where(mirrored, latent[:, 1], latent[:, 0]), 2, axis=-1)  # [B, h, w, 4] each
-    return latent_scale * (mean + std * jax.random.normal(jax.random.fold_in(key, 1), mean.shape))
+    return latent_scale * (mean + std * jax.random.normal(jax.random.fold_in(key, 1), mean.shape)), None
 
 
-def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """The largest centred square of uint8 `[H, W, C]`, antialiased to `[size, size, C]`: halved by boxes, then bicubic."""
+def centre_crop(image: np.ndarray, size: int, labels: bool = False) -> np.ndarray:
+    """The largest centred square of uint8 `[H, W, C]`, antialiased to `[size, size, C]`: halved by boxes, then bicubic.
+
+    With `labels`, as a mask holds them, the same places are cut out but no two values are mixed.
+    """
+    halve, resize = (Image.Resampling.NEAREST,) * 2 if labels else (Image.Resampling.BOX, Image.Resampling.BICUBIC)
     if image.shape[:2] == (size, size):
         return image
     picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
     while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+        picture = picture.resize((picture.width // 2, picture.height // 2), halve)
     scale = size / min(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), resize)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     return np.asarray(picture.crop((left, top, left + size, top + size))).reshape(size, size, -1)
 

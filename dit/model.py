@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dit.normalization import Modulation, layer_norm, modulate
+from dit.normalization import AdaLN, AdaLNZero, Modulation, layer_norm, modulate
 
 PRESETS = {
     f"DiT-{size}/{patch_size}": dict(patch_size=patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads)
@@ -118,28 +118,24 @@ class AdaLNZeroBlock(nnx.Module):
     """adaLN-Zero: c `[B, 1 or T, D]` shifts, scales and gates; all three start at zero, so the block starts as the identity."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        self.modulation = Modulation(hidden_size, 6, kernel_init=zero_init, dtype=dtype, rngs=rngs)
+        self.modulation = AdaLNZero(hidden_size, num_branches=2, kernel_init=zero_init, dtype=dtype, rngs=rngs)
         self.attention = SelfAttention(hidden_size, num_heads, dtype=dtype, rngs=rngs)
         self.mlp = MLP(hidden_size, mlp_ratio, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(c)
-        x = x + gate_1 * self.attention(modulate(x, shift_1, scale_1))
-        return x + gate_2 * self.mlp(modulate(x, shift_2, scale_2))
+        return self.modulation(x, c, self.attention, self.mlp)
 
 
 class AdaLNBlock(nnx.Module):
     """adaLN: c `[B, 1 or T, D]` shifts and scales, without gates and without the zero."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        self.modulation = Modulation(hidden_size, 4, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.modulation = AdaLN(hidden_size, num_branches=2, kernel_init=xavier, dtype=dtype, rngs=rngs)
         self.attention = SelfAttention(hidden_size, num_heads, dtype=dtype, rngs=rngs)
         self.mlp = MLP(hidden_size, mlp_ratio, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
-        shift_1, scale_1, shift_2, scale_2 = self.modulation(c)
-        x = x + self.attention(modulate(x, shift_1, scale_1))
-        return x + self.mlp(modulate(x, shift_2, scale_2))
+        return self.modulation(x, c, self.attention, self.mlp)
 
 
 class CrossAttentionBlock(nnx.Module):
@@ -185,6 +181,19 @@ class TimestepEmbedding(nnx.Module):
         return self.fc2(nnx.silu(self.fc1(timestep_features(t))))
 
 
+class MaskEmbedding(nnx.Module):
+    """Labels `[B, H, W]` of a mask to one vector a token, `[B, T, D]`; a label that is no class, the null mask's, says nothing."""
+
+    def __init__(self, mask_classes: int, patch_size: int, hidden_size: int, *, dtype, rngs: nnx.Rngs):
+        self.mask_classes, self.patch_size = mask_classes, patch_size
+        self.conv = nnx.Conv(mask_classes, 64, (3, 3), kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.linear = nnx.Linear(patch_size * patch_size * 64, hidden_size, kernel_init=xavier, dtype=dtype, rngs=rngs)
+
+    def __call__(self, mask: jax.Array) -> jax.Array:
+        features = nnx.silu(self.conv(jax.nn.one_hot(mask, self.mask_classes)))  # [B, H, W, 64]
+        return self.linear(patchify(features, self.patch_size))
+
+
 class FinalLayer(nnx.Module):
     """x `[B, T, D]` to `[B, T, p p C]`: (adaptive) layer norm, then a linear layer that starts at zero. Float32 out."""
 
@@ -195,7 +204,7 @@ class FinalLayer(nnx.Module):
         self.linear = nnx.Linear(hidden_size, out_size, kernel_init=zero_init, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
-        x = modulate(x, *self.modulation(c)) if self.adaptive else layer_norm(x).astype(x.dtype)
+        x = modulate(x, *self.modulation(nnx.silu(c))) if self.adaptive else layer_norm(x).astype(x.dtype)
         return self.linear(x).astype(jnp.float32)
 
 
@@ -203,36 +212,41 @@ class DiT(nnx.Module):
     """The Diffusion Transformer.
 
     `model(x, t, y)`: x `[B, H, W, C]`, t `[B]` (0 .. 999, may be fractional), y `[B]` int (num_classes is the null class) to
-    `[B, H, W, 2C]` float32 (noise, then variance logits), or `[B, H, W, C]` without `learn_sigma`.
+    `[B, H, W, 2C]` float32 (noise, then variance logits), or `[B, H, W, C]` without `learn_sigma`. With `mask_classes`, y is a pair: the
+    labels, and masks `[B, H, W]` int (mask_classes is the null mask), which say what the condition is at each token, as SPADE does.
     Parameters are float32; `dtype` is the type of the computation.
     """
 
     def __init__(self, *, input_size: int, patch_size: int, in_channels: int, hidden_size: int, depth: int, num_heads: int,
                  num_classes: int, mlp_ratio: float = 4.0, learn_sigma: bool = True, conditioning: str = "adaln_zero",
-                 dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+                 dtype=jnp.float32, remat: bool = False, mask_classes: int = 0, rngs: nnx.Rngs):
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.hidden_size, self.depth, self.num_heads, self.mlp_ratio = hidden_size, depth, num_heads, mlp_ratio
         self.num_classes, self.learn_sigma, self.conditioning = num_classes, learn_sigma, conditioning
-        self.dtype, self.remat = dtype, remat
+        self.dtype, self.remat, self.mask_classes = dtype, remat, mask_classes
         self.adaptive = conditioning in ("adaln_zero", "adaln")
         out_size = patch_size * patch_size * in_channels * (1 + learn_sigma)
 
         self.patch_embed = nnx.Linear(patch_size * patch_size * in_channels, hidden_size, kernel_init=xavier, dtype=dtype, rngs=rngs)
         self.timestep_embed = TimestepEmbedding(hidden_size, dtype=dtype, rngs=rngs)
         self.label_embed = nnx.Embed(num_classes + 1, hidden_size, embedding_init=normal_002, dtype=dtype, rngs=rngs)
+        self.mask_embed = MaskEmbedding(mask_classes, patch_size, hidden_size, dtype=dtype, rngs=rngs) if mask_classes else None
         # vmap over the constructor of one block: the leaves carry a layer axis, and the fans of xavier do not see it
         self.blocks = jax.vmap(lambda r: BLOCKS[conditioning](hidden_size, num_heads, mlp_ratio, dtype=dtype, rngs=r))(rngs.split(depth))
         self.final = FinalLayer(hidden_size, out_size, self.adaptive, dtype=dtype, rngs=rngs)
 
-    def condition(self, t: jax.Array, y: jax.Array) -> jax.Array:
-        """t `[B]` and y `[B]` to c: their sum `[B, 1, D]` for adaLN, the sequence `[B, 2, D]` for the others."""
-        t, y = self.timestep_embed(t)[:, None], self.label_embed(y)[:, None]  # [B, 1, D] each
-        return t + y if self.adaptive else jnp.concatenate([t, y], axis=1)
+    def condition(self, t: jax.Array, y) -> jax.Array:
+        """t `[B]` and y to c: their sum `[B, 1, D]`, or `[B, T, D]` with masks, for adaLN; the sequence `[B, 2, D]` for the others."""
+        label, mask = y if self.mask_classes else (y, None)
+        t, label = self.timestep_embed(t)[:, None], self.label_embed(label)[:, None]  # [B, 1, D] each
+        if not self.adaptive:
+            return jnp.concatenate([t, label], axis=1)
+        return t + label if mask is None else t + label + self.mask_embed(mask)
 
-    def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, t: jax.Array, y) -> jax.Array:
         positions = position_embedding(self.input_size // self.patch_size, self.hidden_size)
         x = self.patch_embed(patchify(x, self.patch_size)) + positions.astype(self.dtype)  # [B, T, D]
-        c = self.condition(t, y)  # [B, 1, D] or [B, 2, D]
+        c = self.condition(t, y)  # [B, 1, D], [B, T, D] or [B, 2, D]
         num_patches = x.shape[1]
         if self.conditioning == "in_context":
             x = jnp.concatenate([x, c], axis=1)  # [B, T + 2, D]

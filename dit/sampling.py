@@ -17,9 +17,11 @@ import numpy as np
 from dit.ddpm import DDPM, at, split_output
 
 
-def guided(model, y: jax.Array, null_class: int, scale: float = 1.0, cfg_channels: int | None = None,
+def guided(model, y, null_class, scale: float = 1.0, cfg_channels: int | None = None,
            interval: tuple[float, float] | None = None):
     """The denoising function of a model and labels y `[B]`, guided by `scale` away from the null class.
+
+    Where the model takes more than a label, y and null_class are tuples of the same length.
 
     cfg_channels: guide only the first so many channels (3 is the published DiT's behaviour); None guides all.
     interval: guide only at original timesteps in [low, high); None guides always.
@@ -29,14 +31,19 @@ def guided(model, y: jax.Array, null_class: int, scale: float = 1.0, cfg_channel
         return lambda x, t: model(x, t, y)
 
     def denoise(x, t):
-        labels = jnp.concatenate([y, jnp.full_like(y, null_class)])
-        conditional, null = jnp.split(model(jnp.concatenate([x, x]), jnp.concatenate([t, t]), labels), 2)
+        both = jax.tree.map(lambda a, nothing: jnp.concatenate([a, jnp.full_like(a, nothing)]), y, null_class)
+        conditional, unconditional = jnp.split(model(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both), 2)
         channels = x.shape[-1] if cfg_channels is None else cfg_channels
         strength = scale if interval is None else jnp.where((t >= interval[0]) & (t < interval[1]), scale, 1.0).reshape(-1, 1, 1, 1)
-        eps = null[..., :channels] + strength * (conditional - null)[..., :channels]
+        eps = unconditional[..., :channels] + strength * (conditional - unconditional)[..., :channels]
         return jnp.concatenate([eps, conditional[..., channels:]], axis=-1)
 
     return denoise
+
+
+def clip_pixels(x0: jax.Array) -> jax.Array:
+    """Holds a prediction of x_0 within [-1, 1], where pixels are."""
+    return jnp.clip(x0, -1, 1)
 
 
 def sample_keys(seed: int, indices: jax.Array) -> jax.Array:
@@ -49,20 +56,20 @@ def draw(keys: jax.Array, t: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), shape))(keys)
 
 
-def ddpm(process: DDPM, denoise, keys: jax.Array, shape: tuple[int, int, int], num_steps: int, clip: bool = False) -> jax.Array:
-    """Ancestral sampling of `[B, *shape]` in `num_steps` steps; `clip` holds the predicted x_0 within [-1, 1]."""
+def ddpm(process: DDPM, denoise, keys: jax.Array, shape: tuple[int, int, int], num_steps: int, correct=None) -> jax.Array:
+    """Ancestral sampling of `[B, *shape]` in `num_steps` steps; `correct` is what is done to each prediction of x_0."""
     process = process.respaced(num_steps)
 
     def step(x, t):
         ts = jnp.full(len(keys), t)
-        mean, log_variance, _ = process.p_mean_variance(denoise(x, jnp.asarray(process.timesteps)[ts]), x, ts, clip)
+        mean, log_variance, _ = process.p_mean_variance(denoise(x, jnp.asarray(process.timesteps)[ts]), x, ts, correct)
         return mean + jnp.where(t > 0, 1.0, 0.0) * jnp.exp(0.5 * log_variance) * draw(keys, t, shape), None
 
     return jax.lax.scan(step, draw(keys, process.num_steps, shape), jnp.arange(num_steps)[::-1])[0]
 
 
 def ddim(process: DDPM, denoise, keys: jax.Array, shape: tuple[int, int, int], num_steps: int, eta: float = 0.0,
-         clip: bool = False) -> jax.Array:
+         correct=None) -> jax.Array:
     """DDIM sampling of `[B, *shape]`: deterministic at eta 0, as noisy as DDPM at eta 1."""
     process = process.respaced(num_steps)
     previous = process.alphas_cumprod_prev
@@ -72,8 +79,8 @@ def ddim(process: DDPM, denoise, keys: jax.Array, shape: tuple[int, int, int], n
         ts = jnp.full(len(keys), t)
         eps, _ = split_output(denoise(x, jnp.asarray(process.timesteps)[ts]), shape[-1])
         x0 = process.pred_x0(eps, x, ts)
-        if clip:
-            x0 = jnp.clip(x0, -1, 1)
+        if correct:
+            x0 = correct(x0)
             eps = process.pred_eps(x0, x, ts)
         x = at(np.sqrt(previous), ts) * x0 + at(np.sqrt(np.maximum(1 - previous - sigma**2, 0)), ts) * eps
         return x + (at(sigma, ts) * draw(keys, t, shape) if eta else 0), None

@@ -27,6 +27,7 @@ def make_model(config: Config, key: jax.Array) -> DiT:
     return DiT(input_size=config.input_shape[0], in_channels=config.input_shape[2], num_classes=config.data.num_classes,
                patch_size=m.patch_size, hidden_size=m.hidden_size, depth=m.depth, num_heads=m.num_heads, mlp_ratio=m.mlp_ratio,
                conditioning=m.conditioning, remat=m.remat, learn_sigma=config.objective.variance == "learned_range",
+               mask_classes=config.data.mask_classes,
                dtype=jnp.dtype(config.train.dtype), rngs=nnx.Rngs(params=key))
 
 

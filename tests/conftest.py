@@ -92,6 +92,7 @@ def write_vae(folder: Path, widths=(8, 8, 12, 16), groups=4, seed=0) -> Path:
     folder.mkdir(parents=True)
     vae = VAE(widths, 1, groups, rngs=nnx.Rngs(seed))
     write_tensors(folder / "diffusion_pytorch_model.safetensors", torch_layout(vae))
-    (folder / "config.json").write_text(json.dumps({
-        "_class_name": "AutoencoderKL", "block_out_channels": widths, "layers_per_block": 1, "norm_num_groups": groups, "latent_channels": 4}))
+    config = {"_class_name": "AutoencoderKL", "block_out_channels": widths, "layers_per_block": 1, "norm_num_groups": groups,
+              "latent_channels": 4}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder

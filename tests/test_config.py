@@ -38,6 +38,13 @@ def test_every_preset_is_valid_and_survives_json(name):
     (dict(train=dict(seed=-1)), "train.seed: -1 should be from 0 to 2^32 - 1"),
     (dict(model=dict(mlp_ratio=0.01)), "model.mlp_ratio: 0.01 should be large enough"),
     (dict(data=dict(channels=2)), "data.channels: 2 should be 1 or 3"),
+    (dict(data=dict(mask_classes=256)), "data.mask_classes: 256 should be from 0 to 255"),
+    (dict(data=dict(mask_classes=2), model=dict(conditioning="in_context")), "data.mask_classes: 2 should be 0 with model.conditioning"),
+    (dict(data=dict(mask_classes=2, latents="x", image_size=48)), "data.mask_classes: 2 should be 0 with data.latents"),
+    (dict(data=dict(vae="x")), "data.vae: 'x' should be given with data.latents"),
+    (dict(eval=dict(every=3)), "eval.inception: None should be the weights file of pytorch-fid"),
+    (dict(eval=dict(every=3, inception="x"), data=dict(latents="x", image_size=48)), "data.vae: None should be the folder of a VAE"),
+    (dict(eval=dict(every=3, inception="x"), data=dict(latents="x", vae="x", image_size=48)), "eval.reference: None should be given"),
     (dict(data=dict(latents="x", image_size=100)), "data.image_size: 100 should be a multiple of 8, the VAE's factor"),
     (dict(data=dict(latents="x", image_size=248)), "data.image_size: 248 should be a multiple of model.patch_size = 2 times the VAE's 8"),
 ])

@@ -1,13 +1,17 @@
+import io
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, tiny_config
+from PIL import Image
 
 import train
 from dit import config, data
 from dit.config import Data, InputError
+from dit.images import prepare, to_uint8
 
 CIFAR10 = Data(name="cifar10", image_size=32, channels=3)
 TFDS_DATA_DIR = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
@@ -43,6 +47,38 @@ def test_each_epoch_shows_every_record_once_in_an_order_of_its_own():
     for epoch in epochs:
         assert sorted(epoch) == list(range(12))
     assert (epochs[0] != epochs[1]).any() and (epochs[1] != epochs[2]).any() and (epochs[0] != np.arange(12)).any()
+
+
+def test_masks_say_where_the_ink_is_and_are_mirrored_with_the_image():
+    digits = data.open_dataset(Data(mask_classes=2))
+    cells = digits.records.masks.reshape(-1, 4, 2, 4, 2)
+    ink = digits.records.images[..., 0].reshape(-1, 4, 2, 4, 2)
+    assert (cells.max(axis=(2, 4)) == cells.min(axis=(2, 4))).all() and 0.3 < cells.mean() < 0.7
+    full, empty = ink[:, :, 0, :, 0][cells[:, :, 0, :, 0] == 1], ink.max(axis=(2, 4))[cells[:, :, 0, :, 0] == 0]
+    assert full.mean() > 100 and empty.mean() < 60
+    batch = take(digits, 1, batch_size=16, seed=0)[0]
+    assert batch["mask"].shape == (16, 8, 8) and batch["mask"].dtype == np.uint8
+    batch["mask"] = batch["image"][..., 0]  # a mask that says which way round its image is
+    x, mask = prepare(batch, jax.random.key(0), True, 1.0)
+    np.testing.assert_array_equal(to_uint8(x)[..., 0], mask)
+    assert (np.asarray(mask) != batch["image"][..., 0]).any() and data.batch_shapes(tiny_config(data=dict(mask_classes=2)))["mask"] == (
+        (16, 8, 8), np.uint8)
+    with pytest.raises(InputError, match="data.mask_classes: 3 should be 2 for 'digits'"):
+        data.open_dataset(Data(mask_classes=3))
+
+
+def test_masks_of_tfds_are_cropped_like_their_images_without_mixing_labels():
+    mask = np.zeros((20, 31, 1), np.uint8) + 1
+    mask[:, 20:] = 3
+    file = io.BytesIO()
+    Image.fromarray(mask[..., 0] * 80).save(file, "PNG")  # the picture shows the mask
+    source = [{"image": file.getvalue(), "label": 5, "segmentation_mask": mask}]
+    config = Data(name="pets", image_size=10, channels=1, mask_classes=3)
+    record = data.Decoded(source, "image", "label", config).read(source[0], 0)
+    assert set(np.unique(record["mask"])) == {0, 2} and record["mask"].shape == (10, 10)
+    np.testing.assert_array_equal(record["image"][..., 0] > 160, record["mask"] == 2)
+    with pytest.raises(InputError, match="data.mask_classes: 2 should be at least 3"):
+        data.Decoded(source, "image", "label", Data(name="pets", image_size=10, channels=1, mask_classes=2)).read(source[0], 0)
 
 
 def test_the_processes_parts_make_up_the_batch():

@@ -69,14 +69,17 @@ def test_inception_score_is_1_for_one_answer_and_k_for_k_sure_ones():
 
 def test_precision_and_recall_equal_brute_force():
     rng = np.random.default_rng(0)
-    real, samples = rng.normal(size=(31, 3)).astype(np.float32), (0.5 + 0.6 * rng.normal(size=(23, 3))).astype(np.float32)
+    real, samples = rng.normal(size=(47, 5)).astype(np.float32), (1 + 0.9 * rng.normal(size=(43, 5))).astype(np.float32)
 
-    def inside(queries, centres):
-        radius = [sorted(np.linalg.norm(c - other) for other in centres)[3] for c in centres]  # [0] is itself
+    def inside(queries, centres, neighbours):
+        radius = [sorted(np.linalg.norm(c - other) for other in centres)[neighbours] for c in centres]  # [0] is itself
         return np.mean([any(np.linalg.norm(q - c) <= r for c, r in zip(centres, radius)) for q in queries])
 
-    expected = inside(samples, real), inside(real, samples)
-    assert precision_recall(samples, real) == pytest.approx(expected) and 0.2 < expected[1] < expected[0] <= 1
+    precision, recall = precision_recall(samples, real)
+    assert precision == pytest.approx(inside(samples, real, 3)) and recall == pytest.approx(inside(real, samples, 3))
+    assert precision != recall and {0, 1}.isdisjoint((precision, recall))
+    for other in (2, 4):  # the number of neighbours matters here
+        assert (precision, recall) != (inside(samples, real, other), inside(real, samples, other))
     assert precision_recall(real, real) == (1, 1) and precision_recall(real + 100, real) == (0, 0)
 
 
@@ -148,8 +151,8 @@ def test_samples_that_cannot_be_are_refused(refused, tmp_path, arrays, words):
     assert words in refused(fid.main, write(tmp_path / "x.npz", **arrays), *flags)
     (tmp_path / "y.npz").write_bytes(b"PK")
     assert "should be an .npz with `arr_0`" in refused(fid.main, tmp_path / "y.npz", *flags)
-    assert "y.pth: should be a file of weights" in refused(
-        fid.main, write(tmp_path / "z.npz", arr_0=np.zeros((3, 4, 4, 3), np.uint8)), "--reference", "digits", "--inception", tmp_path / "y.pth")
+    right = write(tmp_path / "z.npz", arr_0=np.zeros((3, 4, 4, 3), np.uint8))
+    assert "x.pth: should be a file of weights" in refused(fid.main, right, *flags)
 
 
 @pytest.mark.parametrize("arrays, words", [

@@ -7,7 +7,7 @@ from flax import nnx
 
 from dit import identity, model as dit_model
 from dit.identity import AWAKE, GROUPS, deviations, reached, report, waking
-from dit.normalization import Modulation
+from dit.normalization import AdaLNZero
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -48,9 +48,9 @@ def test_blocks_without_the_zero_are_caught(design):
 
 def test_adaln_zero_whose_modulation_is_xavier_is_caught(monkeypatch, capsys):
     def not_zero(*args, kernel_init, **options):
-        return Modulation(*args, kernel_init=nnx.initializers.xavier_uniform(), **options)
+        return AdaLNZero(*args, kernel_init=nnx.initializers.xavier_uniform(), **options)
 
-    monkeypatch.setattr(dit_model, "Modulation", not_zero)
+    monkeypatch.setattr(dit_model, "AdaLNZero", not_zero)
     faults = report(tiny_config())
     assert any("block 0 moves by" in fault for fault in faults) and any("block 1 moves by" in fault for fault in faults)
     assert "should not receive a gradient at step 2" in " ".join(faults)

@@ -14,9 +14,10 @@ from PIL import Image
 
 import sample
 import train
-from dit import data, latents
+from dit import checkpoint, data, latents, sampling
 from dit.config import Data, InputError
-from dit.images import centre_crop, prepare
+from dit.images import centre_crop, prepare, to_uint8
+from dit.state import make_objective
 from dit.weights import load_vae
 
 TFDS_DATA_DIR = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
@@ -58,13 +59,13 @@ def test_a_batch_becomes_a_fresh_sample_of_the_posterior_scaled_and_mirrored_hal
     batch = {"latent": latent, "label": np.zeros(101, np.int32)}
     certain = {**batch, "latent": np.concatenate([latent[..., :4], np.zeros_like(latent[..., 4:])], axis=-1)}
     key = jax.random.key(0)
-    x = np.asarray(prepare(certain, key, True, 0.5))
+    x = np.asarray(prepare(certain, key, True, 0.5)[0])
     mirrored = np.array([np.allclose(a, 0.5 * b[1, ..., :4]) for a, b in zip(x, latent)])
     straight = np.array([np.allclose(a, 0.5 * b[0, ..., :4]) for a, b in zip(x, latent)])
     assert (mirrored ^ straight).all() and 25 < mirrored.sum() < 76
-    np.testing.assert_allclose(prepare(certain, key, False, 0.5), 0.5 * latent[:, 0, ..., :4].astype(np.float32))
+    np.testing.assert_allclose(prepare(certain, key, False, 0.5)[0], 0.5 * latent[:, 0, ..., :4].astype(np.float32))
 
-    noise = np.stack([prepare(batch, k, False, 0.5) - prepare(certain, k, False, 0.5) for k in jax.random.split(key, 2)])
+    noise = np.stack([prepare(batch, k, False, 0.5)[0] - prepare(certain, k, False, 0.5)[0] for k in jax.random.split(key, 2)])
     noise /= 0.5 * latent[:, 0, ..., 4:].astype(np.float32)  # what is left is standard normal, and another draw for each key
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05 and abs(np.corrcoef(noise.reshape(2, -1))[0, 1]) < 0.05
 
@@ -112,6 +113,11 @@ def test_training_on_latents_and_sampling_through_the_vae(refused, folder, vae, 
     sample.main([str(run), "--classes", "class 3", "5", "--per-class", "3", "--steps", "3", "--out", str(tmp_path / "x.npz")])
     arrays = np.load(tmp_path / "x.npz")
     assert arrays["arr_0"].shape == (6, 48, 48, 3) and arrays["arr_1"].tolist() == [3, 3, 3, 5, 5, 5] and arrays["arr_0"].std() > 1
+    model, config = checkpoint.load(run)
+    y, keys = jnp.repeat(jnp.array([3, 5]), 3), sampling.sample_keys(0, jnp.arange(6))
+    z = sampling.ddim(make_objective(config), sampling.guided(model, y, 7), keys, (6, 6, 4), 3)
+    by_hand = to_uint8(load_vae(vae).decode(z / 0.18215))
+    assert np.abs(np.asarray(by_hand, int) - arrays["arr_0"]).max() <= 1 and jnp.abs(z).max() > 1
     sample.main([str(run), "--classes", "class 3", "5", "--per-class", "3", "--steps", "3", "--batch-size", "2", "--vae",
                  str(write_vae(tmp_path / "same")), "--out", str(tmp_path / "y.npz")])
     assert np.abs(np.load(tmp_path / "y.npz")["arr_0"].astype(int) - arrays["arr_0"]).max() <= 1, "decoded in other batches"
@@ -261,4 +267,5 @@ def test_latents_that_cannot_be_made_are_refused(refused, vae, tmp_path, flags, 
     name = "imagenet2012" if "--vae" not in flags or (TFDS_DATA_DIR / "imagenet2012").is_dir() else pytest.skip("no ImageNet")
     assert words in refused(latents.main, name, "--vae", vae, "--out", tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
-    assert "DATASET: 'digits' should be a TFDS data set of colour images" in refused(latents.main, "digits", "--vae", vae, "--out", tmp_path)
+    told = refused(latents.main, "digits", "--vae", vae, "--out", tmp_path)
+    assert "DATASET: 'digits' should be a TFDS data set of colour images" in told

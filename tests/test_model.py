@@ -112,6 +112,30 @@ def test_scan_equals_a_loop_over_the_blocks(design):
     np.testing.assert_allclose(model(x, t, y), unpatchify(model.final(tokens[:, :4], c), 3), rtol=2e-5, atol=1e-5)
 
 
+def test_a_mask_conditions_each_token_by_what_lies_around_it():
+    model = tiny_model(mask_classes=2)
+    x, t, y = inputs(model)
+    mask = jnp.zeros((3, 6, 6), int)
+    c = model.condition(t, (y, mask))
+    assert c.shape == (3, 4, 20), "one vector a token"
+    changed = jnp.abs(model.condition(t, (y, mask.at[:, 0, 0].set(1))) - c).max(axis=(0, 2))  # a corner, in the first patch of 2 x 2
+    assert changed[0] > 1e-3 and (changed[1:] == 0).all()
+    bare, null = tiny_model().condition(t, y), model.condition(t, (y, jnp.full((3, 6, 6), 2)))
+    assert jnp.ptp(null[:, 1:], axis=1).max() < 1e-5 and bare.shape == (3, 1, 20), "the null mask says nothing of any place"
+
+
+def test_with_masks_every_block_still_starts_as_the_identity_bit_for_bit():
+    for dtype in (jnp.float32, jnp.bfloat16):
+        model = tiny_model(mask_classes=3, dtype=dtype)
+        x, t, y = inputs(model)
+        c = model.condition(t, (y, jax.random.randint(jax.random.key(5), (3, 6, 6), 0, 4)))
+        tokens = jax.random.normal(jax.random.key(6), (3, 4, 20)).astype(dtype)
+        for i in range(model.depth):
+            block = jax.tree.map(lambda leaf: leaf[i], model.blocks)
+            np.testing.assert_array_equal(block(tokens, c), tokens)
+        assert jnp.abs(awaken(model)(x, t, (y, jnp.zeros((3, 6, 6), int)))).max() > 0
+
+
 def test_remat_changes_the_computation_and_not_the_result():
     plain, remat = awaken(tiny_model()), awaken(tiny_model(remat=True))
     x, t, y = inputs(plain)

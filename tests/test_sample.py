@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, awaken, largest_difference
+from conftest import TINY, awaken, largest_difference, tiny_config
 from PIL import Image
 
 import sample
@@ -163,6 +163,69 @@ def test_options_that_cannot_be_are_refused(refused, run, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     assert words in refused(sample.main, run, *flags)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory):
+    """A model with masks, trained for three steps and then awakened."""
+    workdir = tmp_path_factory.mktemp("runs") / "layout"
+    train.main([*TINY, "--workdir", str(workdir), "--train.steps", "3", "--train.sample-every", "3", "--data.mask-classes", "2"])
+    assert Image.open(workdir / "samples/0000003.png").height == 10 * 66 + 2
+    model, config = checkpoint.load(workdir)
+    awake = workdir.with_name("awake")
+    checkpoint.save_weights(awake, awaken(jax.device_put(model, jax.devices()[0]), 0.1), config)
+    return awake
+
+
+def save_mask(path, values, mode="L"):
+    Image.fromarray(np.asarray(values, np.uint8)).convert(mode).save(path)
+    return str(path)
+
+
+def test_a_mask_is_read_in_any_form_and_moves_the_sample_where_it_changes(layout, tmp_path):
+    flags = ["--classes", "3", "--sampler", "ddim"]
+    half = np.zeros((8, 8))
+    half[:, 4:] = 1
+    asked, _ = draw(layout, tmp_path, *flags, "--mask", save_mask(tmp_path / "a.png", half))
+    for same in (save_mask(tmp_path / "b.png", half * 255), save_mask(tmp_path / "c.png", half * 255, "1"),
+                 save_mask(tmp_path / "d.png", half * 255, "RGB")):
+        np.testing.assert_array_equal(draw(layout, tmp_path, *flags, "--mask", same)[0], asked)
+    large = save_mask(tmp_path / "e.png", half.repeat(2, axis=0).repeat(2, axis=1))
+    np.testing.assert_array_equal(draw(layout, tmp_path, *flags, "--mask", large, "--resize-mask")[0], asked)
+    nothing, _ = draw(layout, tmp_path, *flags)
+    other, _ = draw(layout, tmp_path, *flags, "--mask", save_mask(tmp_path / "f.png", 1 - half))
+    assert (nothing != asked).any() and (other != asked).any() and (nothing != other).any()
+    assert (draw(layout, tmp_path, *flags, "--mask", large, "--resize-mask", "--guidance", "3")[0] != asked).any()
+
+
+def test_style_gives_the_samples_the_pictures_statistics(run, tmp_path):
+    style = np.clip(np.random.default_rng(0).normal(170, 30, (16, 16)), 0, 255)
+    path = save_mask(tmp_path / "style.png", style)
+    plain, _ = draw(run, tmp_path, "--per-class", "2")
+    styled, _ = draw(run, tmp_path, "--per-class", "2", "--style", path)
+    half, _ = draw(run, tmp_path, "--per-class", "2", "--style", path, "--style-strength", "0.5")
+    none, _ = draw(run, tmp_path, "--per-class", "2", "--style", path, "--style-strength", "0")
+    np.testing.assert_array_equal(none, plain)
+    distance = [np.abs([images.mean(axis=(1, 2)) - style.mean(), images.std(axis=(1, 2)) - style.std()]).mean()
+                for images in (styled, half, plain)]
+    assert distance[0] < distance[2] / 10 and distance[0] < distance[1] < distance[2]
+
+
+def test_masks_and_styles_that_cannot_be_are_refused(refused, run, layout, tmp_path):
+    out = ["--out", tmp_path / "x.png"]
+    mask = save_mask(tmp_path / "m.png", np.full((8, 8), 2))
+    assert "--mask: 2 should be labels from 0 to 1: the model's masks have 2 classes" in refused(sample.main, layout, "--mask", mask, *out)
+    large = save_mask(tmp_path / "l.png", np.zeros((16, 8)))
+    assert "--mask: '8x16' should be 8x8, or be resized with --resize-mask" in refused(sample.main, layout, "--mask", large, *out)
+    assert "should be left out: the model was trained without masks" in refused(sample.main, run, "--mask", mask, *out)
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    assert "--mask: " in (line := refused(sample.main, layout, "--mask", tmp_path / "no.png", *out)) and "should be a picture" in line
+    assert "--style: " in refused(sample.main, run, "--style", tmp_path / "nothing.png", *out)
+    assert "--style-strength: 2.0 should be from 0 to 1" in refused(sample.main, run, "--style", mask, "--style-strength", "2", *out)
+    colour = tiny_config(data=dict(channels=3))
+    with pytest.raises(InputError, match="--style: .* should be a picture in colour, as the model's are"):
+        sample.read_style(mask, colour, None)
+    assert not (tmp_path / "x.png").exists()
 
 
 def test_a_workdir_without_a_checkpoint_is_refused(refused, tmp_path):

@@ -76,7 +76,7 @@ def test_a_sample_depends_on_seed_and_index_alone(sampler):
     def draw(indices, seed=0):
         indices = jnp.asarray(indices)
         denoise = sampling.guided(model, indices % 7, 7, 2.0)
-        return sampler(d, denoise, sampling.sample_keys(seed, indices), (6, 6, 2), 5, clip=True)
+        return sampler(d, denoise, sampling.sample_keys(seed, indices), (6, 6, 2), 5, correct=sampling.clip_pixels)
     many = draw(range(11))
     np.testing.assert_allclose(draw([4]), many[4:5], atol=2e-5)
     np.testing.assert_allclose(draw([9, 2]), many[jnp.array([9, 2])], atol=2e-5)

@@ -11,6 +11,7 @@ import train
 from dit import sharding
 from dit.config import Optim
 from dit.data import batches, open_dataset
+from dit.sharding import map_parts
 from dit.state import State, abstract_state, learning_rate, make_optimizer, make_state, mean_over_parts, update_ema
 
 
@@ -108,6 +109,12 @@ def test_learning_rate_warms_up_then_stays_or_falls():
     cosine = learning_rate(Optim(learning_rate=2.0, warmup_steps=10, schedule="cosine"), 110)
     assert [float(cosine(n)) for n in (0, 5, 10, 60, 110)] == pytest.approx([0, 1, 2, 1, 0], abs=1e-6)
     assert float(learning_rate(Optim(learning_rate=3.0), 10)(0)) == 3
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 6])
+def test_parts_one_after_the_other_are_the_whole_in_its_order(parts):
+    x = jnp.arange(12.0).reshape(6, 2)
+    np.testing.assert_array_equal(map_parts(lambda rows: rows * 2, x, parts), x * 2)
 
 
 def test_the_optimizer_clips_and_decays_as_asked():
