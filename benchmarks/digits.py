@@ -18,16 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import sample  # noqa: E402
+from dit import fid  # noqa: E402
 from dit.config import input_errors, parse  # noqa: E402
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^{1/2}) of rows a and b `[N, D]`."""
-    A, B = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(A)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T  # pixels that are always black make A singular, which sqrtm(A B) minds
-    cross = np.sqrt(np.linalg.eigvalsh(root @ B @ root).clip(0)).sum()
-    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(A) + np.trace(B) - 2 * cross)
+    """Between the Gaussians of rows a and b `[N, D]`."""
+    return fid.frechet_distance(*(fid.Gaussian(x.mean(axis=0), np.cov(x, rowvar=False)) for x in (a, b)))
 
 
 def judge(images: np.ndarray, labels: np.ndarray) -> tuple[float, float]:

@@ -26,11 +26,13 @@ GROUPS = ["final linear layer", "final modulation", "patch embedding", "block ga
 AWAKE = [set(GROUPS[:1]), set(GROUPS[:4]), set(GROUPS)]  # expected after step 1, 2, 3
 
 
-def random_inputs(model: DiT, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x `[B, H, W, C]` normal, t `[B]` in 0 .. 999, y `[B]` in all the classes and the null class."""
+def random_inputs(model: DiT, key: jax.Array) -> tuple:
+    """x `[B, H, W, C]` normal, t `[B]` in 0 .. 999, y `[B]` in all the classes and the null class, with masks where the model has them."""
     x_key, t_key, y_key = jax.random.split(key, 3)
     x = jax.random.normal(x_key, (BATCH, model.input_size, model.input_size, model.in_channels))
-    return x, jax.random.uniform(t_key, (BATCH,), maxval=999.0), jax.random.randint(y_key, (BATCH,), 0, model.num_classes + 1)
+    y = jax.random.randint(y_key, (BATCH,), 0, model.num_classes + 1)
+    masks = jax.random.randint(y_key, x.shape[:3], 0, model.mask_classes + 1)
+    return x, jax.random.uniform(t_key, (BATCH,), maxval=999.0), (y, masks) if model.mask_classes else y
 
 
 @jax.jit
@@ -53,7 +55,7 @@ def group_of(path: tuple, column: str = "") -> str:
     if top == "blocks" and inner == "modulation":
         return "block gates" if column == "gate" else "block shifts and scales"
     return {"final": f"final {'linear layer' if inner == 'linear' else inner}", "patch_embed": "patch embedding",
-            "timestep_embed": "timestep embedding", "label_embed": "label embedding",
+            "timestep_embed": "timestep embedding", "label_embed": "label embedding", "mask_embed": "label embedding",
             "blocks": f"block {'MLP' if inner == 'mlp' else inner.replace('_', '-')}"}[top]
 
 

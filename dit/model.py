@@ -274,7 +274,9 @@ def multiply_adds(model: DiT) -> int:
     tokens = patches + 2 * (model.conditioning == "in_context")
     self_attention = 4 * tokens * D * D + 2 * tokens * tokens * D
     mlp = 2 * tokens * D * int(D * model.mlp_ratio)
-    conditioning = {"adaln_zero": 6 * D * D, "adaln": 4 * D * D, "in_context": 0,
+    places = patches if model.mask_classes else 1  # that have a condition of their own
+    mask = patches * model.patch_size**2 * (9 * model.mask_classes * 64 + 64 * D) if model.mask_classes else 0
+    conditioning = {"adaln_zero": 6 * places * D * D, "adaln": 4 * places * D * D, "in_context": 0,
                     "cross_attention": 2 * tokens * D * D + 4 * D * D + 4 * tokens * D}[model.conditioning]
-    ends = patches * pixels * D + 256 * D + D * D + 2 * D * D * model.adaptive + patches * D * pixels * (1 + model.learn_sigma)
-    return L * (self_attention + mlp + conditioning) + ends
+    final = 2 * places * D * D * model.adaptive + patches * D * pixels * (1 + model.learn_sigma)
+    return patches * pixels * D + 256 * D + D * D + mask + L * (self_attention + mlp + conditioning) + final

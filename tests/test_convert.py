@@ -68,23 +68,24 @@ def test_diffusers_to_ours_and_back_is_bit_exact(ours, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def test_every_key_and_shape_of_xl2():
-    """The published file's 14 + 10 * 28 tensors, written out, and the sizes that are read off them."""
+@pytest.mark.parametrize("size", [256, 512])
+def test_every_key_and_shape_of_xl2(size):
+    """The published files' 12 + 10 * 28 tensors, written out, and the sizes that are read off them."""
     D = 1152
     linear = lambda name, inputs, outputs: {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}  # noqa: E731
-    expected = {"pos_embed": (1, 256, D), "x_embedder.proj.weight": (D, 4, 2, 2), "x_embedder.proj.bias": (D,),
+    expected = {"pos_embed": (1, (size // 16) ** 2, D), "x_embedder.proj.weight": (D, 4, 2, 2), "x_embedder.proj.bias": (D,),
                 "y_embedder.embedding_table.weight": (1001, D), **linear("t_embedder.mlp.0", 256, D), **linear("t_embedder.mlp.2", D, D),
                 **linear("final_layer.linear", D, 2 * 2 * 8), **linear("final_layer.adaLN_modulation.1", D, 2 * D)}
     for i in range(28):
         expected |= linear(f"blocks.{i}.attn.qkv", D, 3 * D) | linear(f"blocks.{i}.attn.proj", D, D)
         expected |= linear(f"blocks.{i}.mlp.fc1", D, 4 * D) | linear(f"blocks.{i}.mlp.fc2", 4 * D, D)
         expected |= linear(f"blocks.{i}.adaLN_modulation.1", D, 6 * D)
-    preset = dit_config.load("imagenet256_xl2")
+    preset = dit_config.load(f"imagenet{size}_xl2")
     abstract = jax.eval_shape(lambda: make_model(preset, jax.random.key(0)))
     official = jax.eval_shape(convert.to_official, abstract)
-    assert {name: a.shape for name, a in official.items()} == expected
+    assert {name: a.shape for name, a in official.items()} == expected and len(expected) == 12 + 10 * 28
     found = convert.infer_config(official, None, "DiT-XL-2-256x256.pt")
-    assert found.name == "DiT-XL/2" and found.input_shape == (32, 32, 4) and found.data.class_names[207] == "golden retriever"
+    assert found.name == "DiT-XL/2" and found.input_shape == (size // 8, size // 8, 4) and found.data.class_names[207] == "golden retriever"
     assert [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(lambda: make_model(found, jax.random.key(0))))] == [
         leaf.shape for leaf in jax.tree.leaves(abstract)]
     theirs = jax.eval_shape(convert.to_diffusers, official)

@@ -66,10 +66,11 @@ def test_one_wrong_bit_in_one_block_is_caught():
 
 def test_the_command_reports_and_answers_by_its_exit_status(capsys):
     tiny = ["--model.hidden-size", "20", "--model.depth", "2", "--model.num-heads", "5"]
-    for design, status, words in [("adaln_zero", 0, "every one of the 2 blocks is the identity"),
-                                  ("adaln", 1, "NOT the identity: block 0")]:
+    for preset, design, status, words in [("digits", "adaln_zero", 0, "every one of the 2 blocks is the identity"),
+                                          ("digits_layout", "adaln_zero", 0, "every one of the 2 blocks is the identity"),
+                                          ("digits", "adaln", 1, "NOT the identity: block 0")]:
         with pytest.raises(SystemExit) as stop:
-            identity.main(["digits", *tiny, "--model.conditioning", design])
+            identity.main([preset, *tiny, "--model.conditioning", design])
         out = capsys.readouterr().out
         assert stop.value.code == status and words in out and "bfloat16, c in space" in out
 
