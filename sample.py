@@ -7,7 +7,9 @@ Writes a labelled grid, one class a row (.png), or `arr_0` uint8 [N, H, W, C] an
 import dataclasses
 import difflib
 import json
+import math
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ from dit.config import Config, InputError, one_line, require
 from dit.images import centre_crop, from_uint8, save_grid, to_uint8, write_npz
 from dit.log import Progress
 from dit.normalization import adain
-from dit.sharding import batch_sharding, connect, make_mesh, map_parts, replicated
+from dit.sharding import batch_sharding, connect, make_mesh, map_parts, parts_of, replicated
 from dit.state import make_objective
 from dit.weights import load_vae
 
@@ -62,12 +64,12 @@ class Sample:
 def class_number(word: str, names: tuple[str, ...]) -> int:
     """The class that a number or a name says; names may hold synonyms, separated by commas. Raises InputError."""
     K = len(names)
-    if word.lstrip("-").isdigit():
+    if re.fullmatch("-?[0-9]+", word):
         require(0 <= int(word) < K, "--classes", int(word), f"from 0 to {K - 1}: the model has {K} classes")
         return int(word)
     numbers = {}
     for k, name in enumerate(names):
-        for synonym in name.casefold().split(", "):
+        for synonym in {name.casefold(), *name.casefold().split(", ")}:
             numbers.setdefault(synonym, []).append(k)
     found = numbers.get(word.casefold())
     if found is None:
@@ -93,6 +95,9 @@ def completed(options: Sample, config: Config) -> Sample:
     require(options.per_class > 0, "--per-class", options.per_class, "more than 0")
     require(options.batch_size > 0, "--batch-size", options.batch_size, "more than 0")
     require(0 < options.steps <= T, "--steps", options.steps, f"from 1 to the model's {T} timesteps")
+    low, high = options.guidance_interval or (0, math.inf)
+    require(math.isfinite(options.guidance), "--guidance", options.guidance, "a number")
+    require(low < high, "--guidance-interval", options.guidance_interval, "LOW and a HIGH above it")
     require(0 <= options.eta <= 1, "--eta", options.eta, "from 0 to 1")
     require(options.cfg_channels is None or 0 < options.cfg_channels <= C, "--cfg-channels", options.cfg_channels, f"from 1 to {C}")
     out = Path(options.out)
@@ -153,7 +158,7 @@ def open_picture(option: str, path: str) -> Image.Image:
     try:
         picture = Image.open(path)
         picture.load()
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{option}: {path!r} should be a picture ({one_line(error)})") from error
     return picture
 
@@ -181,8 +186,7 @@ def make_sampler(config: Config, options: Sample, devices: int = 1, style: jax.A
             x = sampling.ddim(process, denoise, keys, config.input_shape, options.steps, options.eta, correct)
         if vae is None:
             return to_uint8(x)
-        rows, at_once = len(indices) // devices, max(1, DECODED_PIXELS // config.data.image_size**2)
-        parts = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= at_once)
+        parts = parts_of(len(indices) // devices, DECODED_PIXELS // config.data.image_size**2)
         return map_parts(lambda z: to_uint8(vae.decode(z / config.data.latent_scale)), x, parts)
 
     return sample
@@ -215,7 +219,7 @@ def draw_all(draw, labels: np.ndarray, batch_size: int) -> np.ndarray:
 def draw_to_file(draw, labels: np.ndarray, options: Sample, step: int) -> None:
     """Writes the .npz by way of a folder of parts, one a batch, that a second call completes. Each host draws its share of them."""
     out, folder = Path(options.out), Path(options.out + ".parts")
-    request = json.loads(json.dumps(dataclasses.asdict(options) | {"checkpoint": step, "out": out.name}))
+    request = json.loads(json.dumps(dataclasses.asdict(options) | {"checkpoint": step, "out": out.name}))  # as it is read back
     if jax.process_index() == 0:
         prepare_parts(folder, request)
     multihost_utils.sync_global_devices("the folder of parts is there")
@@ -233,20 +237,27 @@ def draw_to_file(draw, labels: np.ndarray, options: Sample, step: int) -> None:
     multihost_utils.sync_global_devices("all parts are there")
     if jax.process_index() == 0:
         write_npz(out, parts, labels.astype(np.int64))
-        shutil.rmtree(folder)
+        shutil.rmtree(folder.rename(out.with_name(out.name + ".done")))  # what is left by a kill here is not taken for parts
 
 
 def prepare_parts(folder: Path, request: dict) -> None:
     """Makes the folder of parts, or checks that those in it are of this request. Raises InputError."""
-    folder.mkdir(exist_ok=True)
     asked = folder / "request.json"
-    if asked.exists():
-        begun = json.loads(asked.read_text())
-        for name, value in request.items():
-            if begun.get(name) != value:
-                raise InputError(f"--out: {str(folder)!r} holds a part of another request, with {name} {begun.get(name)!r} rather than "
-                                 f"{value!r}; remove it, or choose another --out")
-    asked.write_text(json.dumps(request))
+    try:
+        if not folder.exists():
+            unfinished = folder.with_name(folder.name + ".tmp")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            (unfinished / "request.json").write_text(json.dumps(request))
+            unfinished.rename(folder)
+        begun = dict(json.loads(asked.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"--out: {str(folder)!r} should be a folder of parts of this request ({one_line(error)}); remove it, or choose "
+                         "another --out") from error
+    for name, value in request.items():
+        if begun.get(name) != value:
+            raise InputError(f"--out: {str(folder)!r} holds a part of another request, with {name} {begun.get(name)!r} rather than "
+                             f"{value!r}; remove it, or choose another --out")
 
 
 def run(options: Sample) -> Path:
@@ -254,13 +265,16 @@ def run(options: Sample) -> Path:
     connect(options.distributed, "--distributed")
     mesh = make_mesh(dit_config.Mesh(), jax.local_device_count(), devices=jax.local_devices())  # each host draws on its own
     workdir = Path(options.workdir)
-    options = completed(options, checkpoint.stored_config(workdir, checkpoint.newest_intact(workdir)[0]))
-    model, config = checkpoint.load(workdir, options.ema, replicated(mesh), options.dtype)
+    step, broken = checkpoint.newest_intact(workdir)
+    for other, what in broken.items():
+        print(f"checkpoint {other}: {what}; using checkpoint {step}")
+    options = completed(options, checkpoint.stored_config(workdir, step))
+    model, config = checkpoint.load(workdir, options.ema, replicated(mesh), options.dtype, step)
     vae = jax.device_put(load_vae(options.vae), replicated(mesh)) if options.vae else None
     labels, draw = labels_of(options, config), make_draw(model, vae, config, options, mesh)
     if options.out.endswith(".npz"):
-        draw_to_file(draw, labels, options, checkpoint.newest_intact(workdir)[0])
-    else:
+        draw_to_file(draw, labels, options, step)
+    elif jax.process_index() == 0:
         names = [config.data.class_names[int(k)].split(",")[0] for k in options.classes]
         save_grid(options.out, draw_all(draw, labels, options.batch_size), names)
     return Path(options.out)

@@ -175,8 +175,8 @@ def train(config: Config) -> State:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=dataset.class_names))
     resumed, news = start_or_resume(config, dataset)
     vae = jax.device_put(load_vae(config.data.vae), replicated(mesh)) if config.data.vae else None
-    evaluate = make_evaluation(config, vae, mesh) if config.eval.every else None
     t, start = config.train, resumed or 0
+    evaluate = make_evaluation(config, vae, mesh) if config.eval.every and start < t.steps else None
     if resumed is None or start < t.steps:
         prepare_workdir(config)
     checkpoints = checkpoint.Checkpoints(config.workdir, t.keep_last, t.keep_every)

@@ -138,15 +138,16 @@ def save_weights(path: Path, model: DiT, config: Config) -> None:
     unfinished.rename(folder)
 
 
-def load(path: str | Path, ema: bool = True, sharding: jax.sharding.Sharding | None = None, dtype: str | None = None
-         ) -> tuple[DiT, Config]:
+def load(path: str | Path, ema: bool = True, sharding: jax.sharding.Sharding | None = None, dtype: str | None = None,
+         step: int | None = None) -> tuple[DiT, Config]:
     """The model of the newest intact checkpoint of a workdir (its average unless `ema` is False), and its config.
 
     `sharding` places every parameter; None puts them on the first device. `dtype` is that of the computation; None is that of the
-    training. Raises InputError.
+    training. `step` names a checkpoint that is known to be intact. Raises InputError.
     """
-    workdir = Path(path)
-    step, broken = newest_intact(workdir)
+    workdir, broken = Path(path), {}
+    if step is None:
+        step, broken = newest_intact(workdir)
     for other, what in broken.items():
         print(f"checkpoint {other}: {what}; using checkpoint {step}")
     config = stored_config(workdir, step)

@@ -151,7 +151,7 @@ def from_diffusers(folder: Path) -> tuple[dict[str, np.ndarray], int]:
         model = jax.eval_shape(lambda: DiT(
             input_size=side, patch_size=p, in_channels=C, hidden_size=D, depth=depth, num_heads=config["num_attention_heads"],
             num_classes=config["num_embeds_ada_norm"], learn_sigma=(config.get("out_channels") or C) == 2 * C, rngs=nnx.Rngs(0)))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise InputError(f"{folder / 'config.json'}: should describe a DiT ({type(error).__name__}: {one_line(error)})") from error
     official = jax.eval_shape(to_official, model)
     source = weights_file(folder)
@@ -193,6 +193,11 @@ def run(options: Convert) -> str:
     source, out = Path(options.source), Path(options.out)
     require(not out.exists(), "OUT", options.out, "a name that is not taken yet")
     require(out.absolute().parent.is_dir(), "OUT", options.out, "in a folder that exists")
+    try:
+        (probe := out.with_name(out.name + ".tmp")).touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"OUT: {options.out!r} should be in a folder that can be written ({error.strerror})") from error
     if options.to is None:
         tensors, heads = from_diffusers(source) if source.is_dir() else (read_tensors(source), options.num_heads)
         model, config = from_official(tensors, heads, source)
@@ -200,6 +205,7 @@ def run(options: Convert) -> str:
     else:
         model, config = checkpoint.load(source)
         require(model.conditioning == "adaln_zero", "SOURCE", model.conditioning, "of adaln_zero blocks, which the other layouts have")
+        require(not model.mask_classes, "SOURCE: data.mask_classes", model.mask_classes, "0: the other layouts have no masks")
         official = to_official(model)
         if options.to == "official":
             require(out.suffix in (".pt", ".safetensors"), "OUT", options.out, "a .pt or .safetensors file")

@@ -28,6 +28,10 @@ class Dataset:
     class_names: tuple[str, ...]
 
 
+class Undecodable(InputError):
+    """A record whose image is damaged."""
+
+
 class InMemory:
     """Decoded images uint8 `[N, H, W, C]`, labels int32 `[N]` and, where there are any, masks uint8 `[N, H, W]` as records."""
 
@@ -62,9 +66,9 @@ class Decoded:
             raise InputError(f"data.split: {self.config.split!r} should have labels, and has {label}")
         try:  # with one decoder and one colour space, whatever the file is in
             image = Image.open(io.BytesIO(record[self.image_key])).convert("L" if self.config.channels == 1 else "RGB")
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             name = record.get("file_name", b"").decode() or f"record {i}"
-            raise InputError(f"{self.config.name}: {name} cannot be decoded ({one_line(error)})") from error
+            raise Undecodable(f"{self.config.name}: {name} cannot be decoded ({one_line(error)})") from error
         image = np.asarray(image).reshape(image.height, image.width, self.config.channels)
         found = {"image": centre_crop(image, self.config.image_size), "label": np.int32(label)}
         if self.config.mask_classes:
@@ -171,16 +175,17 @@ def latents(config: Data) -> Dataset:
     try:
         builder = tfds.builder_from_directory(config.latents)
         shape = builder.info.features["latent"].shape
-    except (OSError, KeyError, ValueError, AssertionError, tfds.core.DatasetNotFoundError) as error:
-        raise InputError(f"data.latents: {config.latents!r} should be a finished folder of python -m dit.latents "
-                         f"({one_line(error)[:120]})") from error
+        whole = Latents(builder.as_data_source(next(iter(builder.info.splits))))
+        shown = whole.__getitems__(np.linspace(0, len(whole) - 1, 64).astype(int).tolist())
+    except Exception as error:  # TFDS, ArrayRecord and protobuf each have errors of their own for what is missing or damaged
+        raise InputError(f"data.latents: {config.latents!r} should be a finished folder of python -m dit.latents, undamaged "
+                         f"({type(error).__name__}: {one_line(error)[:120]})") from error
     side = config.image_size // 8
     require(shape == (2, side, side, 8), "data.image_size", config.image_size, f"{shape[1] * 8}, that of {config.latents!r}")
     names = class_names(builder, "label")
     check_classes(config, names)
     records = Latents(open_split(builder, config.split))
-    shown = np.linspace(0, len(records) - 1, 64).astype(int).tolist()
-    moments = np.stack([record["latent"] for record in records.__getitems__(shown)]).astype(np.float64)
+    moments = np.stack([record["latent"] for record in shown]).astype(np.float64)
     mean, std = np.split(moments, 2, axis=-1)
     spread = np.sqrt(mean.var() + np.square(std).mean())  # of a sample of the posterior
     if not 0.5 < config.latent_scale * spread < 2:

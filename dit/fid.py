@@ -12,6 +12,8 @@ do for FID. FID falls with the number of samples: 50,000 are usual.
 """
 
 import sys
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,6 +174,7 @@ def open_reference(name: str, split: str, image_size: int, inception: Inception,
     if name.endswith(".npz"):
         return read_reference(Path(name), inception)
     dataset = open_dataset(tfds_data(name, split, image_size))
+    require(len(dataset.records) > 1, "--split", split, "one of more than one image")
     activations = look(inception, dataset_batches(dataset), len(dataset.records), REFERENCES)
     pool, spatial = activations.pool.gaussian(), activations.spatial.gaussian()
     if save:
@@ -186,15 +189,18 @@ def read_reference(path: Path, inception: Inception) -> Reference:
         for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
             if {mean, covariance} <= names:
                 gaussians[mean] = Gaussian(np.asarray(file[mean], np.float64), np.asarray(file[covariance], np.float64))
-    except (OSError, ValueError, EOFError, AttributeError) as error:
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"--reference: {str(path)!r} should be an .npz of statistics or images ({one_line(error)})") from error
     for mean, size in (("mu", 2048), ("mu_s", 2023)):
         if mean in gaussians:
             m, c = gaussians[mean]
             require(m.shape == (size,) and c.shape == (size, size), f"--reference: {path}: {mean} and its covariance",
                     (m.shape, c.shape), f"of {size} features, those of this Inception")
+            require(np.isfinite(m).all() and np.isfinite(c).all(), f"--reference: {path}: {mean} and its covariance", "nan or infinity",
+                    "finite")
     if "arr_0" in names:
         shape, batches = open_npz(path)
+        require(shape[0] > 1, f"--reference: {path}: arr_0", list(shape), "more than one image")
         activations = look(inception, batches, shape[0], REFERENCES)
         pool = gaussians.get("mu") or activations.pool.gaussian()
         spatial = gaussians.get("mu_s") or (None if "mu" in gaussians else activations.spatial.gaussian())
@@ -221,8 +227,9 @@ def run(options: Fid) -> dict[str, float]:
     N, H, _, _ = shape
     require(N > 1, f"{options.samples}: arr_0", list(shape), "more than one image")
     save = options.save_reference
-    require(save is None or (save.endswith(".npz") and Path(save).parent.is_dir()), "--save-reference", save,
+    require(save is None or (save.endswith(".npz") and Path(save).parent.is_dir() and not Path(save).is_dir()), "--save-reference", save,
             "an .npz file in a folder that exists")
+    require(save is None or not options.reference.endswith(".npz"), "--save-reference", save, "given with a data set as --reference")
     inception = load_inception(options.inception)
     warn_of_few(N)
     reference = open_reference(options.reference, options.split, H, inception, save)

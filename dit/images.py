@@ -1,6 +1,7 @@
 """Images: bytes to [-1, 1] and back (the only place), the centre crop, labelled grids, and .npz files too large for memory."""
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,9 +95,11 @@ def open_npz(path: Path) -> tuple[tuple[int, ...], Iterator[np.ndarray]]:
         with zipfile.ZipFile(path).open("arr_0.npy") as array:
             np.lib.format.read_magic(array)
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(array)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            header = array.tell()
+        stored = zipfile.ZipFile(path).getinfo("arr_0.npy").file_size - header
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: should be an .npz with `arr_0`, uint8 images [N, H, W, C] ({one_line(error)})") from error
-    right = dtype == np.uint8 and not fortran and len(shape) == 4 and shape[-1] in (1, 3) and shape[0] > 0
+    right = dtype == np.uint8 and not fortran and len(shape) == 4 and shape[-1] in (1, 3) and 0 < np.prod(shape) == stored
     require(right, f"{path}: arr_0", f"{dtype} {list(shape)}", "uint8 images [N, H, W, 1 or 3]")
 
     def batches() -> Iterator[np.ndarray]:
@@ -106,6 +109,10 @@ def open_npz(path: Path) -> tuple[tuple[int, ...], Iterator[np.ndarray]]:
             np.lib.format.read_array_header_1_0(array)
             for first in range(0, shape[0], 64):
                 rows = min(64, shape[0] - first)
-                yield np.frombuffer(array.read(rows * size), np.uint8).reshape(rows, *shape[1:])
+                try:
+                    images = array.read(rows * size)
+                except (zipfile.BadZipFile, zlib.error) as error:
+                    raise InputError(f"{path}: arr_0 is damaged ({one_line(error)}); it should be written again") from error
+                yield np.frombuffer(images, np.uint8).reshape(rows, *shape[1:])
 
     return shape, batches()

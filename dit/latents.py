@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -26,8 +27,11 @@ from dit import data
 from dit.config import InputError, require
 from dit.images import from_uint8
 from dit.log import Progress
-from dit.sharding import batch_sharding, connect, make_mesh, replicated
+from dit.sharding import batch_sharding, connect, make_mesh, map_parts, parts_of, replicated
 from dit.weights import load_vae
+
+
+AT_ONCE = 2**19  # pixels that the VAE encodes at a time on each device: 8 images at 256x256
 
 
 @dataclass(frozen=True)
@@ -42,22 +46,24 @@ class LatentOptions:
     distributed: bool = False  # several hosts, which share the folder OUT: call jax.distributed.initialize() first
 
 
-@jax.jit
-def encode(vae, images: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnames="parts")
+def encode(vae, images: jax.Array, parts: int = 1) -> jax.Array:
     """uint8 `[B, H, W, 3]` to float16 `[B, 2, h, w, 8]`: mean and standard deviation, of the image and of its mirror image."""
-    x = from_uint8(images)
-    moments = []
-    for side in (x, x[:, :, ::-1]):
-        mean, log_variance = vae.encode(side)
-        moments.append(jnp.concatenate([mean, jnp.exp(0.5 * log_variance)], axis=-1))
-    return jnp.stack(moments, axis=1).astype(jnp.float16)
+    def both_sides(images):
+        moments = []
+        for side in (images, images[:, :, ::-1]):
+            mean, log_variance = vae.encode(from_uint8(side))
+            moments.append(jnp.concatenate([mean, jnp.exp(0.5 * log_variance)], axis=-1))
+        return jnp.stack(moments, axis=1).astype(jnp.float16)
+
+    return map_parts(both_sides, images, parts)
 
 
 def read(records: data.Decoded, i: int) -> dict[str, np.ndarray] | None:
     """Record i, or None, said, where it cannot be decoded."""
     try:
         return records[i]
-    except InputError as error:
+    except data.Undecodable as error:
         print(f"skipped: {error}", file=sys.stderr, flush=True)
         return None
 
@@ -74,7 +80,8 @@ def encoded(vae, records: data.Decoded, indices: range, batch_size: int, mesh) -
             at_work = []
             if found:
                 images = np.stack([found[min(i, len(found) - 1)]["image"] for i in range(batch_size)])  # the last repeated
-                at_work = [(encode(vae, jax.device_put(images, batch_sharding(mesh))), [record["label"] for record in found])]
+                parts = parts_of(batch_size // mesh.devices.size, AT_ONCE // images[0, ..., 0].size)
+                at_work = [(encode(vae, jax.device_put(images, batch_sharding(mesh)), parts), [record["label"] for record in found])]
 
 
 def write_shard(path: Path, features, examples: Iterator[dict[str, np.ndarray]]) -> int:
@@ -95,10 +102,17 @@ def write_shard(path: Path, features, examples: Iterator[dict[str, np.ndarray]])
 def check_settings(out: Path, settings: dict) -> None:
     """Writes the settings to OUT, or raises InputError where those that it was begun with are others."""
     file = out / "latents.json"
-    begun = json.loads(file.read_text()) if file.exists() else settings
+    if jax.process_index() == 0 and not file.exists():
+        file.with_suffix(".tmp").write_text(json.dumps(settings, indent=2) + "\n")
+        file.with_suffix(".tmp").rename(file)
+    multihost_utils.sync_global_devices("the settings are there")
+    try:
+        begun = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"--out: {str(file)!r} should hold the settings that the folder was begun with, and is damaged") from error
     for name, value in settings.items():
-        require(begun[name] == value, f"--out: {str(out)!r} was begun with {name}", begun[name], f"{value!r}, or --out another folder")
-    file.write_text(json.dumps(settings, indent=2) + "\n")
+        was = begun.get(name)
+        require(was == value, f"--out: {str(out)!r} was begun with {name}", was, f"{value!r}, or --out another folder")
 
 
 def write_info(out: Path, features, split: str, shards: list[Path]) -> int:
@@ -123,12 +137,14 @@ def run(options: LatentOptions) -> None:
     require(options.size > 0 and options.size % 8 == 0, "--size", options.size, "a multiple of 8, the VAE's factor")
     require(min(options.batch_size, options.shard_size) > 0, "--batch-size and --shard-size", (options.batch_size, options.shard_size),
             "more than 0")
+    require(not options.split.startswith("all"), "--split", options.split, "one split, such as train or validation")
     require(options.name != "digits", "DATASET", options.name, "a TFDS data set of colour images")
     out = Path(options.out)
     connect(options.distributed, "--distributed")
     config = data.tfds_data(options.name, options.split, options.size)
     require(config.channels == 3, "DATASET", options.name, "one of colour images, which the VAE takes")
     records, names = data.decoded(config)
+    require(records.source.__getitems__([0])[0][records.label_key] >= 0, "--split", options.split, "a split with labels")
     vae = load_vae(options.vae)
     checksum = 0
     for leaf in jax.tree.leaves(vae):

@@ -70,6 +70,11 @@ def split_parts(x, parts: int):
     return jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), x)
 
 
+def parts_of(rows: int, at_once: int) -> int:
+    """The fewest equal parts of a number of rows that are at most `at_once` rows each, or one row."""
+    return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= max(at_once, 1))
+
+
 def map_parts(f, x: jax.Array, parts: int) -> jax.Array:
     """f over the rows of x `[B, ...]` in equal parts, one after the other, to save memory."""
     y = jax.lax.map(f, split_parts(x, parts))  # [parts, B / parts, ...]

@@ -3,7 +3,9 @@
 Every tensor and every shape is accounted for before anything is used.
 """
 
+import argparse
 import json
+import os
 import re
 from pathlib import Path
 
@@ -24,7 +26,7 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """The float32 tensors of a .safetensors file or of a PyTorch state dict (its `ema`, where it has one). Raises InputError."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{path}: should be a file of weights, and there is none")
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
@@ -32,18 +34,21 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         try:
             with safe_open(path, framework="numpy") as file:
                 return {name: np.asarray(file.get_tensor(name), np.float32) for name in file.keys()}
-        except (SafetensorError, OSError, TypeError) as error:
-            raise InputError(f"{path}: should be a whole safetensors file of float16 or float32 ({one_line(error)})") from error
+        except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path}: should be a whole safetensors file of floating-point numbers ({one_line(error)})") from error
     torch = import_torch(path)
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options in a training checkpoint: plain values
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+        stored = stored.get("ema", stored) if isinstance(stored, dict) else stored
+        right = isinstance(stored, dict) and stored and all(isinstance(name, str) and isinstance(value, torch.Tensor)
+                                                            for name, value in stored.items())
+        found = {name: value.detach().float().numpy() for name, value in stored.items()} if right else None
     except Exception as error:  # torch raises nearly anything for a file that is not its own
-        raise InputError(f"{path}: should be a PyTorch state dict, readable without unpickling code "
-                         f"({type(error).__name__}: {one_line(error)[:120]})") from error
-    stored = stored.get("ema", stored) if isinstance(stored, dict) else stored
-    if not isinstance(stored, dict) or not stored or not all(isinstance(value, torch.Tensor) for value in stored.values()):
+        raise InputError(f"{path}: should be a PyTorch state dict, readable without unpickling code ({type(error).__name__})") from error
+    if found is None:
         raise InputError(f"{path}: holds {type(stored).__name__!r}, which should be a PyTorch state dict: tensors by their names")
-    return {name: value.float().numpy() for name, value in stored.items()}
+    return found
 
 
 def write_tensors(path: Path, tensors: dict[str, jax.Array]) -> None:
@@ -133,11 +138,12 @@ def load_vae(folder: str | Path) -> VAE:
     config = read_json(folder / "config.json", "AutoencoderKL")
     widths, channels = config.get("block_out_channels"), config.get("latent_channels")
     require(channels == 4, f"{folder}: latent_channels", channels, "4, as in Stable Diffusion's VAE")
-    require(isinstance(widths, list) and len(widths) == 4, f"{folder}: block_out_channels", widths, "four widths: a factor of 8")
+    right = isinstance(widths, list) and len(widths) == 4 and all(isinstance(width, int) and width > 0 for width in widths)
+    require(right, f"{folder}: block_out_channels", widths, "four widths: a factor of 8")
     try:
         model = jax.eval_shape(lambda: VAE(tuple(widths), config.get("layers_per_block", 2), config.get("norm_num_groups", 32),
                                            rngs=nnx.Rngs(0)))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise InputError(f"{folder / 'config.json'}: should describe an AutoencoderKL ({one_line(error)})") from error
     source, expected = weights_file(folder), jax.eval_shape(torch_layout, model)
     tensors = {}

@@ -1,6 +1,7 @@
 """Weights in the authors' and in diffusers' layout, without PyTorch: in .safetensors files. test_parity_weights.py reads .pt files."""
 
 import builtins
+import dataclasses
 import json
 import shutil
 
@@ -144,6 +145,16 @@ def test_sources_that_cannot_be_are_refused(refused, tensors, ours, tmp_path, mo
     (tmp_path / "x.pt").write_bytes(b"x")
     assert "a .pt file needs PyTorch: pip install" in refused(convert.main, tmp_path / "x.pt", out)
     assert not out.exists()
+
+
+def test_what_the_other_layouts_cannot_hold_is_refused(refused, ours, tmp_path):
+    config = checkpoint.load(ours)[1]
+    masked = dataclasses.replace(config, data=dataclasses.replace(config.data, latents=None, mask_classes=2))
+    checkpoint.save_weights(tmp_path / "masked", jax.jit(lambda: make_model(masked, jax.random.key(0)))(), masked)
+    for layout in ("official", "diffusers"):
+        told = refused(convert.main, tmp_path / "masked", tmp_path / "out.safetensors", "--to", layout)
+        assert "data.mask_classes: 2 should be 0" in told
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_converted_weights_are_no_run(refused, ours):

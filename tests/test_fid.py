@@ -145,18 +145,24 @@ def write(path, **arrays):
     (dict(arr_0=np.zeros((3, 4, 4, 3))), "arr_0: 'float64 [3, 4, 4, 3]' should be uint8 images [N, H, W, 1 or 3]"),
     (dict(arr_0=np.zeros((3, 4, 4, 4), np.uint8)), "arr_0: 'uint8 [3, 4, 4, 4]' should be uint8 images"),
     (dict(arr_0=np.zeros((1, 4, 4, 3), np.uint8)), "arr_0: [1, 4, 4, 3] should be more than one image"),
+    (dict(arr_0=np.zeros((3, 0, 0, 3), np.uint8)), "arr_0: 'uint8 [3, 0, 0, 3]' should be uint8 images"),
 ])
 def test_samples_that_cannot_be_are_refused(refused, tmp_path, arrays, words):
     flags = ["--reference", "digits", "--inception", "x.pth"]
     assert words in refused(fid.main, write(tmp_path / "x.npz", **arrays), *flags)
     (tmp_path / "y.npz").write_bytes(b"PK")
     assert "should be an .npz with `arr_0`" in refused(fid.main, tmp_path / "y.npz", *flags)
+    given = ["--inception", "x.pth", "--save-reference", tmp_path / "s.npz"]
+    assert "--save-reference: " in refused(fid.main, write(tmp_path / "v.npz", arr_0=np.zeros((3, 4, 4, 3), np.uint8)), "--reference",
+                                           "x.npz", *given)
     right = write(tmp_path / "z.npz", arr_0=np.zeros((3, 4, 4, 3), np.uint8))
     assert "x.pth: should be a file of weights" in refused(fid.main, right, *flags)
 
 
 @pytest.mark.parametrize("arrays, words", [
     (dict(mu=np.zeros(64), sigma=np.eye(64)), "mu and its covariance: ((64,), (64, 64)) should be of 2048 features"),
+    (dict(mu=np.full(2048, np.nan), sigma=np.eye(2048)), "should be finite"),
+    (dict(arr_0=np.zeros((1, 4, 4, 3), np.uint8)), "arr_0: [1, 4, 4, 3] should be more than one image"),
     (dict(mu=np.zeros(2048)), "['mu'] should be mu and sigma, or images in arr_0"),
     (dict(mu=np.zeros(2048), sigma=np.eye(2048), mu_s=np.zeros(7), sigma_s=np.eye(7)), "mu_s and its covariance: ((7,), (7, 7)) should be"),
 ])
@@ -164,5 +170,10 @@ def test_reference_statistics_of_another_kind_are_refused(tmp_path, arrays, word
     with pytest.raises(InputError) as refusal:
         fid.read_reference(write(tmp_path / "x.npz", **arrays), None)
     assert words in str(refusal.value) and "\n" not in str(refusal.value)
-    with pytest.raises(InputError, match="should be an .npz of statistics or images"):
-        fid.read_reference(tmp_path / "nothing.npz", None)
+    whole = (tmp_path / "x.npz").read_bytes()
+    for damaged in (None, whole[:len(whole) // 2], whole[:len(whole) // 2] + b"?" + whole[len(whole) // 2 + 1:]):
+        (tmp_path / "y.npz").unlink(missing_ok=True)
+        if damaged:
+            (tmp_path / "y.npz").write_bytes(damaged)
+        with pytest.raises(InputError, match="should be"):
+            fid.read_reference(tmp_path / "y.npz", None)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -259,7 +260,31 @@ def test_training_twenty_steps_on_latents_of_real_images(real, vae, tmp_path):
     assert Image.open(tmp_path / "x.png").height == 2 * (64 + 2) + 2
 
 
+def test_folders_that_are_damaged_are_refused(refused, folder, vae, tmp_path):
+    for name, damage in {"half": lambda path: path.write_bytes(path.read_bytes()[:70_000]), "gone": Path.unlink}.items():
+        shutil.copytree(folder, tmp_path / name)
+        damage(sorted((tmp_path / name).glob("*array_record*"))[1])
+        told = refused(train.main, *latent_flags(tmp_path / name, vae, tmp_path / "run"))
+        assert "should be a finished folder of python -m dit.latents, undamaged" in told
+    shutil.copytree(folder, tmp_path / "info")
+    (tmp_path / "info/dataset_info.json").write_text('{"name": ')
+    assert "undamaged" in refused(train.main, *latent_flags(tmp_path / "info", vae, tmp_path / "run"))
+    (tmp_path / "latents.json").touch()
+    with pytest.raises(InputError, match="should hold the settings that the folder was begun with, and is damaged"):
+        latents.check_settings(tmp_path, {"size": 32})
+
+
+def test_an_unlabelled_record_is_no_damaged_one():
+    class Records:
+        def __getitem__(self, i):
+            raise InputError("data.split: 'test' should have labels, and has -1")
+
+    with pytest.raises(InputError):
+        latents.read(Records(), 0)
+
+
 @pytest.mark.parametrize("flags, words", [
+    (["--split", "all"], "--split: 'all' should be one split, such as train or validation"),
     (["--size", "100"], "--size: 100 should be a multiple of 8"), (["--shard-size", "0"], "--batch-size and --shard-size"),
     (["--vae", "nowhere"], "config.json: should be the config.json of a diffusers AutoencoderKL"),
 ])

@@ -1,5 +1,6 @@
 """The published formats held against the libraries that define them: diffusers, pytorch-fid, PyTorch's files. `make parity`."""
 
+import argparse
 import os
 import sys
 import types
@@ -75,7 +76,7 @@ def test_pt_files_go_through_bit_for_bit(tmp_path, learn_sigma):
     model = awake(dict(learn_sigma=learn_sigma))
     official = {name: torch.tensor(np.asarray(a)) for name, a in convert.to_official(model).items()}
     torch.save(official, tmp_path / "a.pt")
-    torch.save({"model": {}, "ema": official, "opt": {"state": {}}, "args": None}, tmp_path / "b.pt")
+    torch.save({"model": {}, "ema": official, "opt": {"state": {}}, "args": argparse.Namespace(model="DiT-XL/2")}, tmp_path / "b.pt")
     for source in ("a.pt", "b.pt"):
         convert.main([str(tmp_path / source), str(tmp_path / f"ours-{source}"), "--num-heads", "13"])
         convert.main([str(tmp_path / f"ours-{source}"), str(tmp_path / f"again-{source}"), "--to", "official"])
@@ -110,7 +111,9 @@ def test_pt_files_that_are_none_are_refused_and_never_unpickled(refused, tmp_pat
     assert f"{source}: holds 'list', which should be a PyTorch state dict" in refused(convert.main, source, out)
     torch.save({"epoch": 3, "weights": torch.zeros(3)}, source)
     assert "which should be a PyTorch state dict: tensors by their names" in refused(convert.main, source, out)
-    torch.save({"fc.weight": torch.zeros(3)}, source)
+    torch.save({3: torch.zeros(3)}, source)
+    assert "which should be a PyTorch state dict: tensors by their names" in refused(convert.main, source, out)
+    torch.save({"fc.weight": torch.nn.Parameter(torch.zeros(3))}, source)
     assert "pos_embed is missing; it should be a DiT" in refused(convert.main, source, out)
     assert not out.exists()
 

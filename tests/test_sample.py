@@ -79,7 +79,8 @@ def test_every_option_changes_what_it_should(run, tmp_path):
 
 def test_classes_go_by_number_name_or_synonym():
     names = ("tench, Tinca tinca", "crane (bird)", "maillot", "maillot, tank suit", "golden retriever")
-    assert [sample.class_number(word, names) for word in ("4", "Golden Retriever", "tinca tinca", "tank suit")] == [4, 4, 0, 3]
+    words = ("4", "Golden Retriever", "tinca tinca", "tank suit", "maillot, tank suit")
+    assert [sample.class_number(word, names) for word in words] == [4, 4, 0, 3, 3]
     with pytest.raises(InputError, match=r"'maillot' should be one of the numbers 2 \(maillot\), 3 \(maillot, tank suit\)"):
         sample.class_number("maillot", names)
     with pytest.raises(InputError, match="the nearest is 'golden retriever'"):
@@ -122,6 +123,11 @@ def test_many_samples_go_on_where_they_were_killed(refused, run, tmp_path, monke
     np.testing.assert_array_equal(np.load(out)["arr_0"], whole)
     np.testing.assert_array_equal(np.load(out)["arr_1"], labels)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npz", "y.npz"]
+    (tmp_path / "z.npz.parts").mkdir()  # of which no one knows what it holds
+    np.save(tmp_path / "z.npz.parts/000000000.npy", whole[:8])
+    assert "should be a folder of parts of this request" in refused(sample.main, run, *flags, "--out", tmp_path / "z.npz")
+    (tmp_path / "w.npz.parts").touch()
+    assert "should be a folder of parts of this request" in refused(sample.main, run, *flags, "--out", tmp_path / "w.npz")
 
 
 def test_the_images_are_the_same_for_any_number_of_devices(run):
@@ -157,6 +163,9 @@ def test_png_is_a_labelled_grid_one_class_a_row(run, tmp_path, capsys):
     (["--out", "x.jpg"], "--out: 'x.jpg' should be a .png or .npz file"),
     (["--out", "nowhere/x.png"], "--out: 'nowhere/x.png' should be in a folder that exists"),
     (["--sampler", "euler"], "--sampler"),
+    (["--classes", "²"], "--classes: '²' should be a number from 0 to 9 or the name of a class"),
+    (["--guidance", "nan"], "--guidance: nan should be a number"),
+    (["--guidance-interval", "500", "100"], "--guidance-interval: (500.0, 100.0) should be LOW and a HIGH above it"),
     (["--seed", "-1"], "--seed: -1 should be from 0 to 2^32 - 1"),
 ])
 def test_options_that_cannot_be_are_refused(refused, run, tmp_path, monkeypatch, flags, words):
