@@ -28,7 +28,7 @@ from dit import config as dit_config
 from dit.config import Config, InputError, one_line, require
 from dit.images import centre_crop, from_uint8, save_grid, to_uint8, write_npz
 from dit.log import Progress
-from dit.normalization import adain
+from dit.normalization import AdaIN
 from dit.sharding import batch_sharding, connect, make_mesh, map_parts, parts_of, replicated
 from dit.state import make_objective
 from dit.weights import load_vae
@@ -173,7 +173,7 @@ def make_sampler(config: Config, options: Sample, devices: int = 1, style: jax.A
     null = (K, config.data.mask_classes) if config.data.mask_classes else K
 
     def correct(x0):
-        x0 = x0 if style is None else adain(x0, style, options.style_strength)
+        x0 = x0 if style is None else AdaIN(options.style_strength)(x0, style)
         return x0 if config.data.latents else sampling.clip_pixels(x0)
 
     @jax.jit

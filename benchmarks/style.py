@@ -5,6 +5,7 @@ means and deviations are from the style's, and the share that a small convolutio
 class asked for.
 """
 
+import dataclasses
 import sys
 import tempfile
 from pathlib import Path
@@ -71,6 +72,9 @@ def main() -> None:
         require(config.data.name == "cifar10", "WORKDIR", workdir, "the folder of a CIFAR-10 run")
         dataset = open_dataset(config.data)
         classifier = jax.jit(train_classifier(dataset).__call__)
+        real = open_dataset(dataclasses.replace(config.data, split="test")).records
+        right = np.argmax(classifier(from_uint8(jnp.asarray(real.images[:2000]))), axis=1) == real.labels[:2000]
+        print(f"the classifier on held-out real images: {right.mean():.1%}")
         found = statistics(dataset.records.images)
         contrast = found[:, 3:].sum(axis=1) + np.abs(found[:, 0] - found[:, 2])  # of light, and between red and blue
         order = np.argsort(contrast)

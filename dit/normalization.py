@@ -47,15 +47,21 @@ def instance_norm(x: jax.Array) -> jax.Array:
 # Style by statistics
 
 
-def adain(x: jax.Array, style: jax.Array, strength: float | jax.Array = 1.0) -> jax.Array:
-    """(2): x `[B, H, W, C]` with the channel means and deviations of style `[B or 1, h, w, C]`; 0 < strength < 1 goes only part of the way.
+class AdaIN(nnx.Module):
+    """(2), without parameters: x `[B, H, W, C]` with the channel means and deviations of style `[B or 1, h, w, C]`.
 
-    Exact, up to rounding: no epsilon is added, and a channel of x that is constant becomes the style's mean.
+    0 < strength < 1 goes only part of the way. Exact, up to rounding: no epsilon is added, and a channel of x that is constant becomes the
+    style's mean.
     """
-    mean, std = x.mean(axis=(1, 2), keepdims=True), x.std(axis=(1, 2), keepdims=True)
-    normal = jnp.where(std > 0, (x - mean) / jnp.where(std > 0, std, 1), 0)
-    styled = style.std(axis=(1, 2), keepdims=True) * normal + style.mean(axis=(1, 2), keepdims=True)
-    return x + strength * (styled - x)
+
+    def __init__(self, strength: float = 1.0):
+        self.strength = strength
+
+    def __call__(self, x: jax.Array, style: jax.Array) -> jax.Array:
+        mean, std = x.mean(axis=(1, 2), keepdims=True), x.std(axis=(1, 2), keepdims=True)
+        normal = jnp.where(std > 0, (x - mean) / jnp.where(std > 0, std, 1), 0)
+        styled = style.std(axis=(1, 2), keepdims=True) * normal + style.mean(axis=(1, 2), keepdims=True)
+        return x + self.strength * (styled - x)
 
 
 # A condition in place of fixed parameters

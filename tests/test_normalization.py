@@ -7,7 +7,7 @@ import pytest
 from conftest import awaken
 from flax import nnx
 
-from dit.normalization import (SPADE, AdaLN, AdaLNZero, ConditionalBatchNorm, FiLM, adain, instance_norm, layer_norm, modulate, normalise)
+from dit.normalization import (SPADE, AdaIN, AdaLN, AdaLNZero, ConditionalBatchNorm, FiLM, instance_norm, layer_norm, modulate, normalise)
 
 B, H, W, C, E, K = 3, 7, 5, 11, 13, 4
 
@@ -25,21 +25,21 @@ def statistics(x):
 
 def test_adain_gives_the_content_exactly_the_styles_statistics():
     x, style = feature(0), 2 * feature(1, (1, 4, 3, C)) - 5
-    np.testing.assert_allclose(statistics(adain(x, style)), statistics(style).repeat(B, axis=0), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(adain(x, x), x, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(adain(x, style, 0.25), 0.75 * x + 0.25 * adain(x, style), rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(adain(x, style, 0.0), x)
+    np.testing.assert_allclose(statistics(AdaIN()(x, style)), statistics(style).repeat(B, axis=0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(AdaIN()(x, x), x, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(AdaIN(0.25)(x, style), 0.75 * x + 0.25 * AdaIN()(x, style), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(AdaIN(0.0)(x, style), x)
 
 
 def test_adain_does_not_see_a_positive_affine_change_of_the_contents_channels():
     x, style = feature(0), feature(1)
     scale, shift = jax.random.uniform(jax.random.key(2), (1, 1, 1, C), minval=0.1, maxval=9), feature(3, (1, 1, 1, C))
-    np.testing.assert_allclose(adain(scale * x + shift, style), adain(x, style), rtol=1e-3, atol=1e-3)
-    assert jnp.abs(adain(-x, style) - adain(x, style)).max() > 1, "a negative one turns the picture over"
+    np.testing.assert_allclose(AdaIN()(scale * x + shift, style), AdaIN()(x, style), rtol=1e-3, atol=1e-3)
+    assert jnp.abs(AdaIN()(-x, style) - AdaIN()(x, style)).max() > 1, "a negative one turns the picture over"
 
 
 def test_adain_of_a_constant_channel_is_the_styles_mean():
-    np.testing.assert_allclose(adain(jnp.ones((1, H, W, C)), feature(1)[:1]), jnp.broadcast_to(
+    np.testing.assert_allclose(AdaIN()(jnp.ones((1, H, W, C)), feature(1)[:1]), jnp.broadcast_to(
         feature(1)[:1].mean(axis=(1, 2), keepdims=True), (1, H, W, C)), rtol=1e-5)
 
 
