@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -132,12 +133,10 @@ def read_mask(options: Sample, config: Config) -> np.ndarray:
     size, K = config.data.image_size, config.data.mask_classes
     if options.mask is None:
         return np.full((size, size), K, np.uint8)
-    picture = open_picture("--mask", options.mask)
-    picture = picture if picture.mode in ("P", "L") else picture.convert("L")
-    if picture.size != (size, size):
-        require(options.resize_mask, "--mask", "x".join(map(str, picture.size)), f"{size}x{size}, or be resized with --resize-mask")
-        picture = picture.resize((size, size), Image.Resampling.NEAREST)
-    mask = np.asarray(picture)
+    mask = open_picture("--mask", options.mask, "L")  # [h, w, 1]
+    if mask.shape[:2] != (size, size):
+        require(options.resize_mask, "--mask", f"{mask.shape[1]}x{mask.shape[0]}", f"{size}x{size}, or be resized with --resize-mask")
+    mask = centre_crop(mask, size, labels=True)[..., 0]
     mask = np.where(mask == 255, 1, mask) if K == 2 else mask  # black and white are as good as 0 and 1
     require(mask.max() < K, "--mask", int(mask.max()), f"labels from 0 to {K - 1}: the model's masks have {K} classes")
     return mask.astype(np.uint8)
@@ -145,8 +144,8 @@ def read_mask(options: Sample, config: Config) -> np.ndarray:
 
 def read_style(path: str, config: Config, vae) -> jax.Array:
     """A picture as the sampler takes it: pixels in [-1, 1] or scaled latents, `[1, h, w, C]`. Raises InputError."""
-    picture, C = open_picture("--style", path), config.data.channels
-    image = np.asarray(picture.convert("L" if C == 1 else "RGB")).reshape(picture.height, picture.width, C)
+    C = config.data.channels
+    image = open_picture("--style", path, "L" if C == 1 else "RGB")
     require(C == 1 or (image != image[..., :1]).any(), "--style", path, "a picture in colour, as the model's are")
     if vae is None:
         return from_uint8(jnp.asarray(image))[None]
@@ -154,13 +153,15 @@ def read_style(path: str, config: Config, vae) -> jax.Array:
     return config.data.latent_scale * jax.jit(lambda vae, x: vae.encode(x)[0])(vae, crop)
 
 
-def open_picture(option: str, path: str) -> Image.Image:
+def open_picture(option: str, path: str, mode: str) -> np.ndarray:
+    """uint8 `[h, w, 1]` for the mode "L", where a palette stays the labels it is, and `[h, w, 3]` for "RGB". Raises InputError."""
     try:
         picture = Image.open(path)
-        picture.load()
+        pixels = np.asarray(picture if mode == "L" and picture.mode == "P" else picture.convert(mode))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{option}: {path!r} should be a picture ({one_line(error)})") from error
-    return picture
+    require(not picture.mode.startswith(("I", "F")), option, path, f"a picture of 8 bits a channel, unlike its {picture.mode!r}")
+    return pixels.reshape(*pixels.shape[:2], -1)
 
 
 def make_sampler(config: Config, options: Sample, devices: int = 1, style: jax.Array | None = None):
@@ -219,7 +220,9 @@ def draw_all(draw, labels: np.ndarray, batch_size: int) -> np.ndarray:
 def draw_to_file(draw, labels: np.ndarray, options: Sample, step: int) -> None:
     """Writes the .npz by way of a folder of parts, one a batch, that a second call completes. Each host draws its share of them."""
     out, folder = Path(options.out), Path(options.out + ".parts")
-    request = json.loads(json.dumps(dataclasses.asdict(options) | {"checkpoint": step, "out": out.name}))  # as it is read back
+    pictures = [zlib.crc32(Path(path).read_bytes()) for path in (options.mask, options.style) if path]
+    request = dataclasses.asdict(options) | {"checkpoint": step, "out": out.name, "pictures": pictures}
+    request = json.loads(json.dumps(request))  # as it is read back
     if jax.process_index() == 0:
         prepare_parts(folder, request)
     multihost_utils.sync_global_devices("the folder of parts is there")

@@ -70,9 +70,8 @@ def compile_train_step(config: Config, mesh: jax.sharding.Mesh):
 def example_masks(dataset: Dataset, labels: np.ndarray) -> np.ndarray:
     """A mask `[N, H, W]` for each label, of the class's own images where it has any among the first thousand."""
     records = [dataset.records[i] for i in range(min(len(dataset.records), 1000))]
-    own = {k: [record["mask"] for record in records if record["label"] == k] for k in set(labels.tolist())}
-    any_class = [record["mask"] for record in records]
-    return np.stack([(own[k] or any_class)[i % len(own[k] or any_class)] for i, k in enumerate(labels.tolist())])
+    masks = {k: [r["mask"] for r in records if r["label"] == k] or [r["mask"] for r in records] for k in set(labels.tolist())}
+    return np.stack([masks[k][i % len(masks[k])] for i, k in enumerate(labels.tolist())])
 
 
 def make_grid_sampler(config: Config, vae, dataset: Dataset, mesh: jax.sharding.Mesh):

@@ -6,6 +6,7 @@ against the step as runs/conditioning/PRESET.png. (Peebles & Xie, Figure 5: in-c
 """
 
 import dataclasses
+import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -35,18 +36,14 @@ from sample import Sample, completed, make_sampler  # noqa: E402
 DESIGNS = {"in-context": "in_context", "cross-attention": "cross_attention", "adaLN": "adaln", "adaLN-Zero": "adaln_zero",
            "adaLN-Zero without its zero": "adaln_zero"}
 POINTS = 4  # of the curve of the Frechet distance
-SAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class Options:
     steps: int = 1000  # of each run
     seeds: int = 3  # runs of each design
-    preset: str = "digits"  # pixels only
-
-
-def awake(*args, kernel_init, **options) -> AdaLNZero:
-    return AdaLNZero(*args, kernel_init=nnx.initializers.xavier_uniform(), **options)
+    preset: str = "digits"  # of pixels, without masks
+    samples: int = 1000  # behind each Frechet distance; more than the image has values, or their covariance is singular
 
 
 def run(name: str, options: Options, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -57,27 +54,28 @@ def run(name: str, options: Options, seed: int) -> tuple[np.ndarray, np.ndarray]
         preset, model=dataclasses.replace(preset.model, conditioning=DESIGNS[name]),
         train=dataclasses.replace(preset.train, steps=options.steps, seed=seed, sample_every=0, workdir=workdir, sampler="ddim",
                                   checkpoint_every=options.steps // POINTS, keep_last=POINTS, sample_steps=50)).validate()
+    awake = functools.partial(AdaLNZero, kernel_init=nnx.initializers.xavier_uniform())
     dit_model.AdaLNZero = awake if name.endswith("without its zero") else AdaLNZero
     train.train(config)
     rows = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-    sample, labels = make_sampler(config, completed(Sample("", out="x.npz"), config)), np.arange(SAMPLES) % config.data.num_classes
+    sample, labels = make_sampler(config, completed(Sample("", out="x.npz"), config)), np.arange(options.samples) % config.data.num_classes
     dataset, distances = open_dataset(config.data), []
     real = dataset.records.images[:10_000].reshape(-1, np.prod(config.input_shape)) / 127.5 - 1
     checkpoints = Checkpoints(Path(workdir), POINTS, 0)
     for step in sorted(checkpoint_steps(Path(workdir))):
         ema = checkpoints.restore(step, abstract_state(config, make_mesh(config.mesh, config.train.batch_size))).ema
-        images = np.asarray(sample(ema, None, jnp.asarray(labels), jnp.arange(SAMPLES)))
-        distances.append((step, frechet_distance(images.reshape(SAMPLES, -1) / 127.5 - 1, real)))
+        images = np.asarray(sample(ema, None, jnp.asarray(labels), jnp.arange(options.samples)))
+        distances.append((step, frechet_distance(images.reshape(options.samples, -1) / 127.5 - 1, real)))
     checkpoints.close()
     return np.array([(row["step"], row["loss"]) for row in rows]), np.array(distances)
 
 
 def main() -> None:
-    with dit_config.input_errors("benchmarks/conditioning.py"):
-        options = dit_config.parse(Options, sys.argv[1:], "benchmarks/conditioning.py", __doc__)
-        dit_config.load(options.preset)
-        dit_config.require(options.steps >= POINTS and options.seeds > 0, "--steps and --seeds", (options.steps, options.seeds),
-                           f"at least {POINTS} and 1")
+    options = dit_config.parse(Options, sys.argv[1:], "benchmarks/conditioning.py", __doc__)
+    data = dit_config.load(options.preset).data
+    dit_config.require(not data.latents and not data.mask_classes, "--preset", options.preset, "one of pixels, without masks")
+    for name, least in (("steps", POINTS), ("seeds", 1), ("samples", 2)):
+        dit_config.require(getattr(options, name) >= least, f"--{name}", getattr(options, name), f"at least {least}")
     found = {name: [run(name, options, seed) for seed in range(options.seeds)] for name in DESIGNS}
     figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots(1, 2)
@@ -87,11 +85,11 @@ def main() -> None:
         last = []
         for k, ax in enumerate(axes):
             curves = np.stack([pair[k] for pair in runs])  # [seeds, points, 2]
-            mean, spread = curves[..., 1].mean(axis=0), curves[..., 1].std(axis=0)
+            mean, spread = curves[..., 1].mean(axis=0), curves[..., 1].std(axis=0, ddof=options.seeds > 1)
             ax.plot(curves[0, :, 0], mean, "o-" if k else "-", label=name, markersize=3)
             ax.fill_between(curves[0, :, 0], mean - spread, mean + spread, alpha=0.2)
             tail = curves[:, -5:, 1].mean(axis=1) if k == 0 else curves[:, -1, 1]  # the loss is noisy: its last five lines
-            last += [tail.mean(), tail.std()]
+            last += [tail.mean(), tail.std(ddof=options.seeds > 1)]
         print(f"{name:<30}{last[0]:>10.4f}{last[1]:>8.4f}{last[2]:>10.3f}{last[3]:>8.3f}")
     for ax, label in zip(axes, ("loss", "Frechet distance in pixel space")):
         ax.set(xlabel="step", ylabel=label, yscale="log")
@@ -101,4 +99,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with dit_config.input_errors("benchmarks/conditioning.py"):
+        main()

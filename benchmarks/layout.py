@@ -1,4 +1,4 @@
-"""Why the parameters must vary in space: python benchmarks/layout.py [STEPS]
+"""Why the parameters must vary in space: python benchmarks/layout.py [--steps STEPS]
 
 Trains `digits_layout` twice on the digits, as it is and with the mask's vectors pooled to one for the whole image, and draws 1,000 samples
 of the classes and masks of real digits. Prints how far the ink of the samples is where the mask asks for it, as intersection over union,
@@ -7,6 +7,7 @@ and the share of the samples that an SVC fitted on the real digits puts in the c
 
 import dataclasses
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -38,10 +39,14 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
     return float((np.minimum(a, b).sum(axis=(1, 2)) / np.maximum(a, b).sum(axis=(1, 2))).mean())
 
 
+@dataclass(frozen=True)
+class Options:
+    steps: int = 1500  # of each run
+
+
 def main() -> None:
-    preset = dit_config.load("digits_layout")
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else preset.train.steps
-    preset = dataclasses.replace(preset, train=dataclasses.replace(preset.train, steps=steps, sample_every=0))
+    options, preset = dit_config.parse(Options, sys.argv[1:], "benchmarks/layout.py", __doc__), dit_config.load("digits_layout")
+    preset = dataclasses.replace(preset, train=dataclasses.replace(preset.train, steps=options.steps, sample_every=0)).validate()
     records = open_dataset(preset.data).records
     chosen = np.random.default_rng(0).permutation(len(records))[:SAMPLES]
     labels, masks = records.labels[chosen], records.masks[chosen]
@@ -69,4 +74,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with dit_config.input_errors("benchmarks/layout.py"):
+        main()

@@ -1,4 +1,4 @@
-"""What style by statistics does to CIFAR-10 samples: python benchmarks/style.py WORKDIR [SAMPLES]
+"""What style by statistics does to CIFAR-10 samples: python benchmarks/style.py WORKDIR [--samples SAMPLES]
 
 Draws samples of a CIFAR-10 model without a style and with that of real images of high and low contrast, and prints how far their channel
 means and deviations are from the style's, and the share that a small convolutional network, trained here on the real images, puts in the
@@ -8,12 +8,15 @@ class asked for.
 import dataclasses
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tyro
 from flax import nnx
 from PIL import Image
 
@@ -22,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import sample  # noqa: E402
 from dit import checkpoint  # noqa: E402
-from dit.config import input_errors, require  # noqa: E402
+from dit.config import input_errors, parse, require  # noqa: E402
 from dit.data import batches, open_dataset  # noqa: E402
 from dit.images import from_uint8  # noqa: E402
 from dit.normalization import instance_norm  # noqa: E402
@@ -64,37 +67,43 @@ def statistics(images: np.ndarray) -> np.ndarray:
     return np.concatenate([x.mean(axis=(1, 2)), x.std(axis=(1, 2))], axis=1)
 
 
+@dataclass(frozen=True)
+class Options:
+    workdir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR")]  # of a CIFAR-10 run
+    samples: int = 500  # with each style
+
+
 def main() -> None:
-    with input_errors("benchmarks/style.py"):
-        require(len(sys.argv) in (2, 3), "WORKDIR", sys.argv[1:], "the folder of a CIFAR-10 run")
-        workdir, count = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 500
-        _, config = checkpoint.load(workdir)
-        require(config.data.name == "cifar10", "WORKDIR", workdir, "the folder of a CIFAR-10 run")
-        dataset = open_dataset(config.data)
-        classifier = jax.jit(train_classifier(dataset).__call__)
-        real = open_dataset(dataclasses.replace(config.data, split="test")).records
-        right = np.argmax(classifier(from_uint8(jnp.asarray(real.images[:2000]))), axis=1) == real.labels[:2000]
-        print(f"the classifier on held-out real images: {right.mean():.1%}")
-        found = statistics(dataset.records.images)
-        contrast = found[:, 3:].sum(axis=1) + np.abs(found[:, 0] - found[:, 2])  # of light, and between red and blue
-        order = np.argsort(contrast)
-        chosen = {"faint": order[100], "ordinary": order[len(order) // 2], "strong": order[-100]}
-        print(f"{'style':<12}{'distance without':>18}{'with':>10}{'ratio':>8}{'accuracy without':>18}{'with':>8}")
-        with tempfile.TemporaryDirectory() as folder:
-            drawn = {}
-            for name, index in [(None, None), *chosen.items()]:
-                style = f"{folder}/{name}.png"
-                if name:
-                    Image.fromarray(dataset.records.images[index]).save(style)
-                sample.run(sample.Sample(workdir, num_samples=count, guidance=2.0, style=style if name else None, out=f"{folder}/x.npz"))
-                arrays = np.load(f"{folder}/x.npz")
-                accuracy = float((np.argmax(classifier(from_uint8(jnp.asarray(arrays["arr_0"]))), axis=1) == arrays["arr_1"]).mean())
-                drawn[name] = statistics(arrays["arr_0"]), accuracy
-                if name:
-                    without, with_style = (np.abs(drawn[k][0] - found[index]).mean() for k in (None, name))
-                    print(f"{name:<12}{without:>18.4f}{with_style:>10.4f}{without / with_style:>8.1f}"
-                          f"{drawn[None][1]:>18.1%}{accuracy:>8.1%}")
+    options = parse(Options, sys.argv[1:], "benchmarks/style.py", __doc__)
+    _, config = checkpoint.load(options.workdir)
+    require(config.data.name == "cifar10", "WORKDIR", options.workdir, "the folder of a CIFAR-10 run")
+    dataset = open_dataset(config.data)
+    classifier = jax.jit(train_classifier(dataset).__call__)
+    real = open_dataset(dataclasses.replace(config.data, split="test")).records
+    right = np.argmax(classifier(from_uint8(jnp.asarray(real.images[:2000]))), axis=1) == real.labels[:2000]
+    print(f"the classifier on held-out real images: {right.mean():.1%}")
+    found = statistics(dataset.records.images)
+    contrast = found[:, 3:].sum(axis=1) + np.abs(found[:, 0] - found[:, 2])  # of light, and between red and blue
+    order = np.argsort(contrast)
+    chosen = {"faint": order[100], "ordinary": order[len(order) // 2], "strong": order[-100]}
+    print(f"{'style':<12}{'distance without':>18}{'with':>10}{'ratio':>8}{'accuracy without':>18}{'with':>8}")
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = {}
+        for name, index in [(None, None), *chosen.items()]:
+            style = f"{folder}/{name}.png"
+            if name:
+                Image.fromarray(dataset.records.images[index]).save(style)
+            sample.run(sample.Sample(options.workdir, num_samples=options.samples, guidance=2.0, style=style if name else None,
+                                     out=f"{folder}/x.npz"))
+            arrays = np.load(f"{folder}/x.npz")
+            accuracy = float((np.argmax(classifier(from_uint8(jnp.asarray(arrays["arr_0"]))), axis=1) == arrays["arr_1"]).mean())
+            drawn[name] = statistics(arrays["arr_0"]), accuracy
+            if name:
+                without, with_style = (np.abs(drawn[k][0] - found[index]).mean() for k in (None, name))
+                print(f"{name:<12}{without:>18.4f}{with_style:>10.4f}{without / with_style:>8.1f}"
+                      f"{drawn[None][1]:>18.1%}{accuracy:>8.1%}")
 
 
 if __name__ == "__main__":
-    main()
+    with input_errors("benchmarks/style.py"):
+        main()

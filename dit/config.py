@@ -47,7 +47,7 @@ class Objective:
     variance: Literal["learned_range", "fixed_small", "fixed_large"] = "learned_range"  # of the reverse process
     min_snr_gamma: float | None = None  # weigh the squared error by min(SNR, gamma) / SNR; None weighs all timesteps alike
     label_dropout: float = 0.1  # probability of the null class in place of the label, for classifier-free guidance
-    mask_dropout: float = 0.2  # probability of no mask where the model has one; it takes in that of the label
+    mask_dropout: float = 0.2  # probability of no mask where the model has one; the label is dropped only where the mask is
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,8 @@ class Config:
         require(0 <= d.mask_classes <= 255, "data.mask_classes", d.mask_classes, "from 0 to 255")
         require(not d.mask_classes or m.conditioning in ("adaln_zero", "adaln"), "data.mask_classes", d.mask_classes,
                 f"0 with model.conditioning = {m.conditioning!r}, which cannot vary in space")
+        require(not d.mask_classes or o.mask_dropout >= o.label_dropout, "objective.mask_dropout", o.mask_dropout,
+                f"at least objective.label_dropout, {o.label_dropout}, so that guidance learns what neither says")
         require(not d.mask_classes or not d.latents, "data.mask_classes", d.mask_classes, "0 with data.latents, which carry no masks")
         require(o.min_snr_gamma is None or o.min_snr_gamma > 0, "objective.min_snr_gamma", o.min_snr_gamma, "more than 0, or None")
         require(p.grad_clip is None or p.grad_clip > 0, "optim.grad_clip", p.grad_clip, "more than 0, or None")

@@ -72,9 +72,9 @@ class Decoded:
         image = np.asarray(image).reshape(image.height, image.width, self.config.channels)
         found = {"image": centre_crop(image, self.config.image_size), "label": np.int32(label)}
         if self.config.mask_classes:
-            mask = record["segmentation_mask"] - 1  # TFDS counts the classes of its masks from 1
-            require(mask.max() < self.config.mask_classes, "data.mask_classes", self.config.mask_classes, f"at least {mask.max() + 1}")
-            found["mask"] = centre_crop(mask, self.config.image_size, labels=True)[..., 0]
+            mask, K = record["segmentation_mask"], self.config.mask_classes  # oxford_iiit_pet counts them from 1
+            require(0 < mask.min() and mask.max() <= K, "data.mask_classes", K, f"that of masks which hold {mask.min()} to {mask.max()}")
+            found["mask"] = centre_crop(mask - 1, self.config.image_size, labels=True)[..., 0]
         return found
 
 

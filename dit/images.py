@@ -42,14 +42,15 @@ def centre_crop(image: np.ndarray, size: int, labels: bool = False) -> np.ndarra
 
     With `labels`, as a mask holds them, the same places are cut out but no two values are mixed.
     """
-    halve, resize = (Image.Resampling.NEAREST,) * 2 if labels else (Image.Resampling.BOX, Image.Resampling.BICUBIC)
     if image.shape[:2] == (size, size):
         return image
     picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), halve)
-    scale = size / min(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), resize)
+    width, height = picture.size
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+        picture = picture if labels else picture.resize((width, height), Image.Resampling.BOX)
+    scale, kernel = size / min(width, height), Image.Resampling.NEAREST if labels else Image.Resampling.BICUBIC
+    picture = picture.resize((round(width * scale), round(height * scale)), kernel)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     return np.asarray(picture.crop((left, top, left + size, top + size))).reshape(size, size, -1)
 

@@ -118,7 +118,7 @@ class AdaLNZeroBlock(nnx.Module):
     """adaLN-Zero: c `[B, 1 or T, D]` shifts, scales and gates; all three start at zero, so the block starts as the identity."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        self.modulation = AdaLNZero(hidden_size, num_branches=2, kernel_init=zero_init, dtype=dtype, rngs=rngs)
+        self.modulation = AdaLNZero(hidden_size, num_branches=2, dtype=dtype, rngs=rngs)  # starts at zero
         self.attention = SelfAttention(hidden_size, num_heads, dtype=dtype, rngs=rngs)
         self.mlp = MLP(hidden_size, mlp_ratio, dtype=dtype, rngs=rngs)
 
@@ -130,7 +130,7 @@ class AdaLNBlock(nnx.Module):
     """adaLN: c `[B, 1 or T, D]` shifts and scales, without gates and without the zero."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        self.modulation = AdaLN(hidden_size, num_branches=2, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.modulation = AdaLN(hidden_size, num_branches=2, dtype=dtype, rngs=rngs)
         self.attention = SelfAttention(hidden_size, num_heads, dtype=dtype, rngs=rngs)
         self.mlp = MLP(hidden_size, mlp_ratio, dtype=dtype, rngs=rngs)
 
@@ -199,7 +199,7 @@ class FinalLayer(nnx.Module):
 
     def __init__(self, hidden_size: int, out_size: int, adaptive: bool, *, dtype, rngs: nnx.Rngs):
         if adaptive:
-            self.modulation = Modulation(hidden_size, 2, kernel_init=zero_init, dtype=dtype, rngs=rngs)
+            self.modulation = Modulation(hidden_size, 2, dtype=dtype, rngs=rngs)  # starts at zero
         self.adaptive = adaptive
         self.linear = nnx.Linear(hidden_size, out_size, kernel_init=zero_init, dtype=dtype, rngs=rngs)
 

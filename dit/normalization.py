@@ -3,14 +3,15 @@
     (1) norm(x) = (x - mean(x)) / sqrt(var(x) + eps)             what the mean is taken over names the norm
     (2) AdaIN(x, s) = std(s) norm(x) + mean(s)                   Huang & Belongie, arXiv 1703.06868, Eq. 8
     (3) FiLM(x, c) = (1 + gamma(c)) x + beta(c)                  Perez et al., arXiv 1709.07871, Eq. 2
-    (4) conditional batch norm = FiLM(norm(x), c)                De Vries et al., arXiv 1707.00683, section 3.1
+    (4) conditional batch norm = FiLM(norm(x), c)                De Vries et al., arXiv 1707.00683, section 3
     (5) SPADE(x, m) = (1 + gamma(m)) norm(x) + beta(m),          Park et al., arXiv 1903.07291, Eq. 1
             gamma and beta maps that a small convolutional network makes of the mask m
     (6) adaLN: x + f(modulate(x)), modulate(x) = (1 + scale(c)) norm(x) + shift(c)        Peebles & Xie, arXiv 2212.09748, section 3.2
     (7) adaLN-Zero: x + gate(c) f(modulate(x)), where shift, scale and gate start at zero
 
-gamma, beta, shift, scale and gate are linear in c and start at zero (but those of (6), which are as any linear layer): at initialisation
-every layer is the norm without its condition, and (7) is the identity.
+The papers' gamma is 1 + gamma here. In (3) and (4), gamma and beta are linear in c; in (6) and (7), shift, scale and gate are linear in
+silu(c). They start at zero, but for (6), where they start as those of any linear layer: at initialisation (3), (4) and (5) are the norm
+without the condition, and (7) is the identity.
 
 B batch, H, W height and width, T tokens, C or D channels, E width of a condition, K classes of a mask.
 """
@@ -58,17 +59,18 @@ class AdaIN(nnx.Module):
         self.strength = strength
 
     def __call__(self, x: jax.Array, style: jax.Array) -> jax.Array:
-        mean, std = x.mean(axis=(1, 2), keepdims=True), x.std(axis=(1, 2), keepdims=True)
-        normal = jnp.where(std > 0, (x - mean) / jnp.where(std > 0, std, 1), 0)
-        styled = style.std(axis=(1, 2), keepdims=True) * normal + style.mean(axis=(1, 2), keepdims=True)
-        return x + self.strength * (styled - x)
+        axes = dict(axis=(1, 2), keepdims=True)
+        varies = x.max(**axes) > x.min(**axes)
+        normal = jnp.where(varies, (x - x.mean(**axes)) * jax.lax.rsqrt(jnp.where(varies, x.var(**axes), 1)), 0)
+        styled = style.std(**axes) * normal + style.mean(**axes)
+        return (1 - self.strength) * x + self.strength * styled
 
 
 # A condition in place of fixed parameters
 
 
 class Modulation(nnx.Module):
-    """The linear layer of (3) to (7): c `[..., E]` to `num_vectors` arrays `[..., C]`."""
+    """The linear layer of (3), (4), (6) and (7): c `[..., E]` to `num_vectors` arrays `[..., C]`."""
 
     def __init__(self, condition_size: int, num_vectors: int, features: int | None = None, *, kernel_init=zero_init, dtype=jnp.float32,
                  rngs: nnx.Rngs):
@@ -114,7 +116,7 @@ class ConditionalBatchNorm(nnx.Module):
 
 
 class SPADE(nnx.Module):
-    """(5): x `[B, H, W, C]` and the one-hot mask `[B, h, w, K]`, resized to x, to x's shape."""
+    """(5): x `[B, H, W, C]` and the one-hot mask `[B, h, w, K]`, resized to x, to x's shape. (The paper's norm is batch norm.)"""
 
     def __init__(self, mask_classes: int, features: int, hidden_size: int = 64, norm=instance_norm, *, kernel_init=zero_init,
                  rngs: nnx.Rngs):
@@ -124,7 +126,7 @@ class SPADE(nnx.Module):
         self.norm = norm
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        mask = jax.image.resize(mask, (*x.shape[:3], mask.shape[-1]), "nearest")
+        mask = jax.image.resize(mask, (len(mask), *x.shape[1:3], mask.shape[-1]), "nearest")
         hidden = nnx.relu(self.shared(mask))  # [B, H, W, hidden]
         return (1 + self.gamma(hidden)) * self.norm(x) + self.beta(hidden)
 

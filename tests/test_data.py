@@ -77,7 +77,9 @@ def test_masks_of_tfds_are_cropped_like_their_images_without_mixing_labels():
     record = data.Decoded(source, "image", "label", config).read(source[0], 0)
     assert set(np.unique(record["mask"])) == {0, 2} and record["mask"].shape == (10, 10)
     np.testing.assert_array_equal(record["image"][..., 0] > 160, record["mask"] == 2)
-    with pytest.raises(InputError, match="data.mask_classes: 2 should be at least 3"):
+    with pytest.raises(InputError, match="data.mask_classes: 3 should be that of masks which hold 0 to 2"):
+        data.Decoded(source, "image", "label", config).read(source[0] | {"segmentation_mask": mask - 1}, 0)
+    with pytest.raises(InputError, match="data.mask_classes: 2 should be that of masks which hold 1 to 3"):
         data.Decoded(source, "image", "label", Data(name="pets", image_size=10, channels=1, mask_classes=2)).read(source[0], 0)
 
 

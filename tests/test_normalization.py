@@ -38,8 +38,9 @@ def test_adain_does_not_see_a_positive_affine_change_of_the_contents_channels():
     assert jnp.abs(AdaIN()(-x, style) - AdaIN()(x, style)).max() > 1, "a negative one turns the picture over"
 
 
-def test_adain_of_a_constant_channel_is_the_styles_mean():
-    np.testing.assert_allclose(AdaIN()(jnp.ones((1, H, W, C)), feature(1)[:1]), jnp.broadcast_to(
+@pytest.mark.parametrize("constant", [0.0, 1.0, 0.1, -0.2])  # the mean of 35 times 0.1 is not 0.1 in float32
+def test_adain_of_a_constant_channel_is_the_styles_mean(constant):
+    np.testing.assert_allclose(AdaIN()(jnp.full((1, H, W, C), constant), feature(1)[:1]), jnp.broadcast_to(
         feature(1)[:1].mean(axis=(1, 2), keepdims=True), (1, H, W, C)), rtol=1e-5)
 
 
@@ -56,7 +57,7 @@ def test_film_with_a_constant_condition_is_an_affine_layer():
     assert jnp.abs(film(x, c) - film(x, c + 1)).max() > 0.1
 
 
-GROUP_NORM = nnx.GroupNorm(C, num_groups=C, use_bias=False, use_scale=False, rngs=nnx.Rngs(0))
+GROUP_NORM = nnx.GroupNorm(C, num_groups=1, use_bias=False, use_scale=False, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("norm", [lambda x: x, instance_norm, GROUP_NORM])
@@ -71,8 +72,13 @@ def batch_norm(**options):
 
 def test_conditional_batch_norm_is_film_on_batch_statistics():
     norm, c, x = awaken(batch_norm()), jax.random.normal(jax.random.key(1), (B, E)), feature()
-    by_hand = (x - x.mean(axis=(0, 1, 2), keepdims=True)) / jnp.sqrt(x.var(axis=(0, 1, 2), keepdims=True) + 1e-5)
-    np.testing.assert_allclose(norm.train(x, c)[0], norm.film(by_hand, c), rtol=1e-4, atol=1e-4)
+    film = FiLM(E, C, lambda x: (x - x.mean(axis=(0, 1, 2), keepdims=True)) / jnp.sqrt(x.var(axis=(0, 1, 2), keepdims=True) + 1e-5),
+                rngs=nnx.Rngs(5))
+    film.modulation = norm.film.modulation
+    np.testing.assert_allclose(norm.train(x, c)[0], film(x, c), rtol=1e-4, atol=1e-4)
+    bare = FiLM(E, C, rngs=nnx.Rngs(5))  # and without its statistics, which start as mean 0 and variance 1, plain FiLM
+    bare.modulation, norm.mean, norm.variance = norm.film.modulation, batch_norm().mean, batch_norm().variance
+    np.testing.assert_allclose(norm(x, c), bare(x, c), rtol=1e-4, atol=1e-4)
 
 
 def test_conditional_batch_norm_starts_as_batch_norm_in_training_and_inference():
@@ -115,7 +121,21 @@ def test_spade_varies_in_space_with_the_mask_and_only_with_it():
     assert jnp.ptp(halves[:, 2:-2, 2:-2], axis=(1, 2)).max() > 0.1
 
 
-def test_permuting_the_labels_of_a_mask_permutes_gamma_and_beta():
+def test_exchanging_the_labels_of_a_mask_exchanges_gamma_and_beta():
+    layer, one, zero = spade(), jnp.ones((1, 7, 14, C)), jnp.zeros((1, 7, 14, C))
+    labels = jnp.zeros((1, 7, 14), int).at[:, :, 7:].set(3)
+
+    def gamma_and_beta(labels):  # inside the two regions, where no convolution sees another
+        beta = layer(zero, mask(labels))
+        return [jnp.concatenate([(layer(one, mask(labels)) - beta)[:, 3, x], beta[:, 3, x]]) for x in (3, 10)]
+
+    (left, right), (swapped_left, swapped_right) = gamma_and_beta(labels), gamma_and_beta(3 - labels)
+    np.testing.assert_allclose(swapped_left, right, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(swapped_right, left, rtol=1e-4, atol=1e-4)
+    assert jnp.abs(left - right).max() > 0.1
+
+
+def test_labels_have_no_order():
     layer, x, order = spade(), feature(shape=(B, H, W, C)), jnp.array([2, 0, 3, 1])
     labels = jax.random.randint(jax.random.key(5), (B, H, W), 0, K)
     permuted = spade()
@@ -130,6 +150,8 @@ def test_spade_starts_as_its_norm_and_resizes_the_mask():
     np.testing.assert_array_equal(layer(x, mask(coarse)), instance_norm(x))
     layer = spade()
     np.testing.assert_array_equal(layer(x, mask(coarse)), layer(x, mask(coarse.repeat(2, axis=1).repeat(2, axis=2))))
+    with pytest.raises((TypeError, ValueError)):
+        layer(x, mask(coarse[:2]))  # two masks for three images
 
 
 # adaLN

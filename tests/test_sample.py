@@ -220,6 +220,16 @@ def test_style_gives_the_samples_the_pictures_statistics(run, tmp_path):
     assert distance[0] < distance[2] / 10 and distance[0] < distance[1] < distance[2]
 
 
+def test_parts_of_another_mask_are_not_taken_for_this_one(refused, layout, tmp_path, monkeypatch):
+    flags = [layout, "--num-samples", "11", "--steps", "2", "--mask", tmp_path / "m.png", "--out", tmp_path / "x.npz"]
+    save_mask(tmp_path / "m.png", np.zeros((8, 8)))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sample, "write_npz", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        sample.main([str(flag) for flag in flags])
+    save_mask(tmp_path / "m.png", np.ones((8, 8)))  # the same name
+    assert "with pictures [" in refused(sample.main, *flags)
+
+
 def test_masks_and_styles_that_cannot_be_are_refused(refused, run, layout, tmp_path):
     out = ["--out", tmp_path / "x.png"]
     mask = save_mask(tmp_path / "m.png", np.full((8, 8), 2))
@@ -230,6 +240,8 @@ def test_masks_and_styles_that_cannot_be_are_refused(refused, run, layout, tmp_p
     (tmp_path / "no.png").write_bytes(b"no picture")
     assert "--mask: " in (line := refused(sample.main, layout, "--mask", tmp_path / "no.png", *out)) and "should be a picture" in line
     assert "--style: " in refused(sample.main, run, "--style", tmp_path / "nothing.png", *out)
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "deep.png")
+    assert "a picture of 8 bits a channel, unlike its 'I;16'" in refused(sample.main, run, "--style", tmp_path / "deep.png", *out)
     assert "--style-strength: 2.0 should be from 0 to 1" in refused(sample.main, run, "--style", mask, "--style-strength", "2", *out)
     colour = tiny_config(data=dict(channels=3))
     with pytest.raises(InputError, match="--style: .* should be a picture in colour, as the model's are"):
