@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,10 +49,7 @@ def test_blocks_without_the_zero_are_caught(design):
 
 
 def test_adaln_zero_whose_modulation_is_xavier_is_caught(monkeypatch, capsys):
-    def not_zero(*args, kernel_init, **options):
-        return AdaLNZero(*args, kernel_init=nnx.initializers.xavier_uniform(), **options)
-
-    monkeypatch.setattr(dit_model, "AdaLNZero", not_zero)
+    monkeypatch.setattr(dit_model, "AdaLNZero", functools.partial(AdaLNZero, kernel_init=nnx.initializers.xavier_uniform()))
     faults = report(tiny_config())
     assert any("block 0 moves by" in fault for fault in faults) and any("block 1 moves by" in fault for fault in faults)
     assert "should not receive a gradient at step 2" in " ".join(faults)
