@@ -40,7 +40,7 @@ def test_every_preset_is_valid_and_survives_json(name):
     (dict(data=dict(channels=2)), "data.channels: 2 should be 1 or 3"),
     (dict(data=dict(mask_classes=256)), "data.mask_classes: 256 should be from 0 to 255"),
     (dict(data=dict(mask_classes=2), model=dict(conditioning="in_context")), "data.mask_classes: 2 should be 0 with model.conditioning"),
-    (dict(data=dict(mask_classes=2), objective=dict(mask_dropout=0.05)), "objective.mask_dropout: 0.05 should be at least objective.label_d"),
+    (dict(data=dict(mask_classes=2), objective=dict(mask_dropout=0.05)), "objective.mask_dropout: 0.05 should be at least objective.label"),
     (dict(data=dict(mask_classes=2, latents="x", image_size=48)), "data.mask_classes: 2 should be 0 with data.latents"),
     (dict(data=dict(vae="x")), "data.vae: 'x' should be given with data.latents"),
     (dict(eval=dict(every=3)), "eval.inception: None should be the weights file of pytorch-fid"),
