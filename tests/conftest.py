@@ -25,6 +25,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_collection_modifyitems(items):
+    """The notebooks first: one worker runs them all, and they take longest."""
+    items.sort(key=lambda item: "test_notebooks" not in item.nodeid)
+
+
 def tiny_model(dtype=jnp.float32, seed=0, **options) -> DiT:
     sizes = dict(input_size=6, patch_size=3, in_channels=2, hidden_size=20, depth=3, num_heads=5, num_classes=7)
     return DiT(**(sizes | options), dtype=dtype, rngs=nnx.Rngs(seed))
