@@ -25,7 +25,7 @@ from dit.data import batches, open_dataset  # noqa: E402
 from dit.config import Data, input_errors, parse, require  # noqa: E402
 from dit.ddpm import DDPM  # noqa: E402
 from dit.images import from_uint8, to_uint8  # noqa: E402
-from dit.model import TimestepEmbedding  # noqa: E402
+from dit.model import TimestepEmbedding, count_parameters  # noqa: E402
 from dit.normalization import AdaLNZero, ConditionalBatchNorm, FiLM, instance_norm  # noqa: E402
 from dit.state import update_ema  # noqa: E402
 
@@ -63,7 +63,7 @@ class Block(nnx.Module):
 
     def taking_in(self) -> int:
         """Parameters that take the condition in."""
-        return 9 * WIDTH * WIDTH if self.design == "concatenation" else count(self.norm)
+        return 9 * WIDTH * WIDTH if self.design == "concatenation" else count_parameters(self.norm)
 
 
 class Denoiser(nnx.Module):
@@ -83,10 +83,6 @@ class Denoiser(nnx.Module):
         for i, block in enumerate(self.blocks):
             x, moved.blocks[i] = block(x, c, training)
         return self.out(nnx.silu(instance_norm(x))), moved
-
-
-def count(module) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
 
 
 def train(design: str, steps: int, dataset, process: DDPM) -> tuple[Denoiser, float]:
@@ -144,7 +140,7 @@ def main() -> None:
         model, loss = train(design, steps, dataset, process)
         accuracy, distance = judge(np.asarray(draw(model)).reshape(SAMPLES, -1) / 127.5 - 1, np.asarray(labels))
         taking_in = sum(block.taking_in() for block in model.blocks)
-        print(f"{design:<26}{count(model):>12,}{taking_in:>14,}{loss:>9.4f}{accuracy:>10.1%}{distance:>9.2f}", flush=True)
+        print(f"{design:<26}{count_parameters(model):>12,}{taking_in:>14,}{loss:>9.4f}{accuracy:>10.1%}{distance:>9.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ def main() -> None:
     options = dit_config.parse(Options, sys.argv[1:], "benchmarks/conditioning.py", __doc__)
     data = dit_config.load(options.preset).data
     dit_config.require(not data.latents and not data.mask_classes, "--preset", options.preset, "one of pixels, without masks")
-    for name, least in (("steps", POINTS), ("seeds", 1), ("samples", 2)):
-        dit_config.require(getattr(options, name) >= least, f"--{name}", getattr(options, name), f"at least {least}")
+    for name, value, least in (("steps", options.steps, POINTS), ("seeds", options.seeds, 1), ("samples", options.samples, 2)):
+        dit_config.require(value >= least, f"--{name}", value, f"at least {least}")
     found = {name: [run(name, options, seed) for seed in range(options.seeds)] for name in DESIGNS}
     figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots(1, 2)

@@ -258,9 +258,9 @@ class DiT(nnx.Module):
 # Costs
 
 
-def count_parameters(model: DiT) -> int:
-    """Trainable parameters, of a model or of its `jax.eval_shape`."""
-    return sum(leaf.size for leaf in jax.tree.leaves(model))
+def count_parameters(module: nnx.Module) -> int:
+    """Trainable parameters, of a model, of a layer, or of its `jax.eval_shape`: running statistics are none."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
 
 
 def multiply_adds(model: DiT) -> int:

@@ -7,6 +7,7 @@ import pytest
 from conftest import awaken
 from flax import nnx
 
+from dit.model import count_parameters
 from dit.normalization import (SPADE, AdaIN, AdaLN, AdaLNZero, ConditionalBatchNorm, FiLM, instance_norm, layer_norm, modulate, normalise)
 
 B, H, W, C, E, K = 3, 7, 5, 11, 13, 4
@@ -92,14 +93,11 @@ def test_conditional_batch_norm_starts_as_batch_norm_in_training_and_inference()
 
 
 def test_a_shared_embedding_makes_the_cost_of_a_layer_independent_of_the_number_of_classes():
-    def count(layer):
-        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(layer, nnx.Param)))
-
     layers, classes = 5, 1000
-    conditional = nnx.Embed(classes, E, rngs=nnx.Rngs(0)).embedding[...].size + layers * count(batch_norm())
+    conditional = nnx.Embed(classes, E, rngs=nnx.Rngs(0)).embedding[...].size + layers * count_parameters(batch_norm())
     assert conditional == classes * E + layers * (2 * C * E + 2 * C)
     own_table = layers * classes * 2 * C  # a gamma and a beta of its own for each class and layer
-    assert own_table == layers * count(nnx.BatchNorm(C, rngs=nnx.Rngs(0))) * classes and conditional < own_table / 5
+    assert own_table == layers * count_parameters(nnx.BatchNorm(C, rngs=nnx.Rngs(0))) * classes and conditional < own_table / 5
 
 
 # SPADE
