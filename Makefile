@@ -2,19 +2,24 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e
 
-.PHONY: demo test parity clean
+.PHONY: demo lint test parity clean
 
 demo: .venv/.demo
 	$(BIN)/python train.py digits
 	$(BIN)/python sample.py runs/digits --guidance 2 --out runs/digits/demo.png
 	@echo "A grid of digits, one class a row: runs/digits/demo.png"
 
+lint: .venv/.lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
 test: .venv/.test
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 parity: .venv/.parity
-	$(BIN)/python -m pytest -m parity
+	PYTHONPATH=.venv/plan $(BIN)/python -m pytest -m parity
 
 clean:
 	rm -rf .venv runs
@@ -23,13 +28,19 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 .venv/.demo: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e .
+	$(INSTALL) .
+	@touch $@
+
+.venv/.lint: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt ruff
 	@touch $@
 
 .venv/.test: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[test]'
+	$(INSTALL) '.[test]'
 	@touch $@ .venv/.demo
 
 .venv/.parity: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[test,parity]'
+	$(INSTALL) '.[test,parity]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt \
+		--no-deps --upgrade --target .venv/plan libtpu  # apart: it prints in every CPU run
 	@touch $@ .venv/.demo .venv/.test

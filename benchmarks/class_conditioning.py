@@ -1,148 +1,241 @@
-"""Four ways to tell a convolutional denoiser the class: python benchmarks/class_conditioning.py [--steps STEPS]
+"""Four ways to tell a denoiser the class: python benchmarks/class_conditioning.py [--steps STEPS]
 
-Trains one small network on the digits with the condition (t + y) concatenated to every feature map, by FiLM behind instance norms, by
-conditional batch norm, and by adaLN-Zero (which brings layer norm and a gate); all else equal. Prints parameters (all, and those that take
-the condition in), the loss over the last tenth of the steps, and of 1,000 samples the share in the class asked for and the Frechet
-distance, as benchmarks/digits.py has them.
+Trains one small convolutional network on the digits with the condition (t + y) concatenated to
+every feature map, by FiLM behind instance norms, by conditional batch norm, and by adaLN-Zero
+(which brings layer norm and a gate); all else equal. Prints parameters (all, and those that take
+the condition in), the loss over the last tenth of the steps, and two figures of 1,000 samples from
+benchmarks/digits.py: the share in the class that was asked for, and the Frechet distance.
 """
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from digits import accuracy, distance
 from flax import nnx
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from dit import cli, sampling
+from dit.config import Data, Range
+from dit.data import Dataset, batches, open_dataset
+from dit.ddpm import DDPM
+from dit.images import from_uint8, to_uint8
+from dit.model import TimestepEmbedding, count_parameters
+from dit.normalization import AdaLNZero, ConditionalBatchNorm, FiLM, instance_norm
+from dit.state import update_ema
 
-from digits import judge  # noqa: E402
-from dit import sampling  # noqa: E402
-from dit.data import batches, open_dataset  # noqa: E402
-from dit.config import Data, input_errors, parse, require  # noqa: E402
-from dit.ddpm import DDPM  # noqa: E402
-from dit.images import from_uint8, to_uint8  # noqa: E402
-from dit.model import TimestepEmbedding, count_parameters  # noqa: E402
-from dit.normalization import AdaLNZero, ConditionalBatchNorm, FiLM, instance_norm  # noqa: E402
-from dit.state import update_ema  # noqa: E402
+WIDTH = 32  # channels of a feature map
+DEPTH = 3  # blocks of the network
+NUM_CLASSES = 10
+IMAGE_SHAPE = (8, 8, 1)
+LABEL_DROPOUT = 0.05  # of the null class in place of the label
+BATCH = 64
+WARMUP_STEPS = 50
+LEARNING_RATE = 2e-3
+EMA_DECAY = 0.995
+SAMPLES = 1000
+SAMPLE_STEPS = 100
+PROCESS = DDPM(schedule="cosine", variance="fixed_small")
 
-WIDTH, BLOCKS, BATCH, SAMPLES = 32, 3, 64, 1000
+Steps = Annotated[int, Range(lambda value: value > WARMUP_STEPS, f"more than {WARMUP_STEPS}")]
 
 
-class Block(nnx.Module):
-    """A residual block x + conv(silu(norm(x, c))), where `design` says what the norm does with c `[B, WIDTH]`."""
+@dataclass(frozen=True)
+class Options:
+    steps: Steps = 1500  # for each of the four, 50 of them to warm up
 
-    def __init__(self, design: str, rngs: nnx.Rngs):
-        self.design = design
-        inputs = 2 * WIDTH if design == "concatenation" else WIDTH
+
+def copy_of(module: nnx.Module) -> nnx.Module:
+    return jax.tree.map(lambda leaf: leaf, module)
+
+
+# The four blocks: x [B, H, W, WIDTH] and c [B, WIDTH] to x's shape, and the block, a new one where
+# training has updated its batch statistics
+
+
+class Convolutions(nnx.Module):
+    """The residual branch that all four have: `[B, H, W, inputs]` to `[B, H, W, WIDTH]`."""
+
+    def __init__(self, inputs: int, rngs: nnx.Rngs):
         self.conv1 = nnx.Conv(inputs, WIDTH, (3, 3), rngs=rngs)
         self.conv2 = nnx.Conv(WIDTH, WIDTH, (3, 3), rngs=rngs)
-        layers = {"FiLM": lambda: FiLM(WIDTH, WIDTH, instance_norm, rngs=rngs), "adaLN-Zero": lambda: AdaLNZero(WIDTH, rngs=rngs),
-                  "conditional batch norm": lambda: ConditionalBatchNorm(WIDTH, WIDTH, rngs=rngs), "concatenation": lambda: None}
-        self.norm = layers[design]()
 
-    def __call__(self, x: jax.Array, c: jax.Array, training: bool) -> tuple[jax.Array, "Block"]:
-        """x `[B, H, W, WIDTH]` to its shape, and the block, whose batch statistics have moved in training."""
-        def convs(h):
-            return self.conv2(nnx.silu(self.conv1(nnx.silu(h))))
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv2(nnx.silu(self.conv1(nnx.silu(x))))
 
-        moved = jax.tree.map(lambda leaf: leaf, self)
-        if self.design == "adaLN-Zero":
-            return self.norm(x, c[:, None, None], convs), moved  # the layer has its own silu
-        c = nnx.silu(c)
-        if self.design == "concatenation":
-            maps = jnp.broadcast_to(c[:, None, None], x.shape)
-            return x + convs(jnp.concatenate([instance_norm(x), maps], axis=-1)), moved
-        if self.design == "conditional batch norm" and training:
-            h, moved.norm = self.norm.train(x, c)
-            return x + convs(h), moved
-        return x + convs(self.norm(x, c)), moved
 
-    def taking_in(self) -> int:
-        """Parameters that take the condition in."""
-        return 9 * WIDTH * WIDTH if self.design == "concatenation" else count_parameters(self.norm)
+class ConcatenationBlock(nnx.Module):
+    """The condition as constant feature maps beside those of x."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.branch = Convolutions(2 * WIDTH, rngs)
+
+    def __call__(self, x: jax.Array, c: jax.Array, training: bool) -> tuple:
+        maps = jnp.broadcast_to(nnx.silu(c)[:, None, None], x.shape)
+        both = jnp.concatenate([instance_norm(x), maps], axis=-1)  # [B, H, W, 2 WIDTH]
+        return x + self.branch(both), self
+
+    def condition_parameters(self) -> int:
+        return 3 * 3 * WIDTH * WIDTH  # the half of the first kernel that the maps meet
+
+
+class FiLMBlock(nnx.Module):
+    """FiLM behind instance norm."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.branch = Convolutions(WIDTH, rngs)
+        self.norm = FiLM(WIDTH, WIDTH, instance_norm, rngs=rngs)
+
+    def __call__(self, x: jax.Array, c: jax.Array, training: bool) -> tuple:
+        return x + self.branch(self.norm(x, nnx.silu(c))), self
+
+    def condition_parameters(self) -> int:
+        return count_parameters(self.norm)
+
+
+class BatchNormBlock(nnx.Module):
+    """Conditional batch norm."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.branch = Convolutions(WIDTH, rngs)
+        self.norm = ConditionalBatchNorm(WIDTH, WIDTH, rngs=rngs)
+
+    def __call__(self, x: jax.Array, c: jax.Array, training: bool) -> tuple:
+        if not training:
+            return x + self.branch(self.norm(x, nnx.silu(c))), self
+        updated = copy_of(self)
+        normal, updated.norm = self.norm.train(x, nnx.silu(c))
+        return x + self.branch(normal), updated
+
+    def condition_parameters(self) -> int:
+        return count_parameters(self.norm)
+
+
+class AdaLNZeroBlock(nnx.Module):
+    """adaLN-Zero, each place a token."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.branch = Convolutions(WIDTH, rngs)
+        self.norm = AdaLNZero(WIDTH, rngs=rngs)  # takes the silu of c itself
+
+    def __call__(self, x: jax.Array, c: jax.Array, training: bool) -> tuple:
+        return self.norm(x, c[:, None, None], self.branch), self
+
+    def condition_parameters(self) -> int:
+        return count_parameters(self.norm)
+
+
+DESIGNS = {
+    "concatenation": ConcatenationBlock,
+    "FiLM": FiLMBlock,
+    "conditional batch norm": BatchNormBlock,
+    "adaLN-Zero": AdaLNZeroBlock,
+}
 
 
 class Denoiser(nnx.Module):
     """`model(x, t, y)` as DiT has it, for images of one channel and a fixed variance."""
 
-    def __init__(self, design: str, rngs: nnx.Rngs):
-        self.embed_t, self.embed_y = TimestepEmbedding(WIDTH, dtype=jnp.float32, rngs=rngs), nnx.Embed(11, WIDTH, rngs=rngs)
+    def __init__(self, block: type[nnx.Module], rngs: nnx.Rngs):
+        self.embed_t = TimestepEmbedding(WIDTH, dtype=jnp.float32, rngs=rngs)
+        self.embed_y = nnx.Embed(NUM_CLASSES + 1, WIDTH, rngs=rngs)
         self.stem = nnx.Conv(1, WIDTH, (3, 3), rngs=rngs)
-        self.blocks = nnx.List([Block(design, rngs) for _ in range(BLOCKS)])
-        self.out = nnx.Conv(WIDTH, 1, (3, 3), kernel_init=nnx.initializers.zeros, rngs=rngs)
+        self.blocks = nnx.List([block(rngs) for _ in range(DEPTH)])
+        zeros = nnx.initializers.zeros
+        self.out = nnx.Conv(WIDTH, 1, (3, 3), kernel_init=zeros, rngs=rngs)
 
-    def __call__(self, x, t, y, training: bool = False):
-        return self.forward(x, t, y, training)[0]
+    def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
+        output, _ = self.forward(x, t, y, training=False)
+        return output
 
-    def forward(self, x: jax.Array, t: jax.Array, y: jax.Array, training: bool) -> tuple[jax.Array, "Denoiser"]:
-        moved, c, x = jax.tree.map(lambda leaf: leaf, self), self.embed_t(t) + self.embed_y(y), self.stem(x)
+    def forward(
+        self, x: jax.Array, t: jax.Array, y: jax.Array, training: bool
+    ) -> tuple[jax.Array, "Denoiser"]:
+        """The output, and the model with updated batch statistics."""
+        updated = copy_of(self)
+        c = self.embed_t(t) + self.embed_y(y)  # [B, WIDTH]
+        x = self.stem(x)  # [B, H, W, WIDTH]
         for i, block in enumerate(self.blocks):
-            x, moved.blocks[i] = block(x, c, training)
-        return self.out(nnx.silu(instance_norm(x))), moved
+            x, updated.blocks[i] = block(x, c, training)
+        return self.out(nnx.silu(instance_norm(x))), updated
+
+    def condition_parameters(self) -> int:
+        """The parameters that take the condition in."""
+        return sum(block.condition_parameters() for block in self.blocks)
 
 
-def train(design: str, steps: int, dataset, process: DDPM) -> tuple[Denoiser, float]:
+# Training and sampling
+
+
+def loss_of(
+    model: Denoiser, key: jax.Array, x: jax.Array, y: jax.Array
+) -> tuple[jax.Array, Denoiser]:
+    """The loss in training, and the model with updated batch statistics."""
+    calls = []
+
+    def watched(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
+        output, updated = model.forward(x, t, y, training=True)
+        calls.append(updated)
+        return output
+
+    loss, _ = PROCESS.loss(watched, key, x, {"y": y})
+    return loss, calls[0]
+
+
+def train(block: type[nnx.Module], steps: int, dataset: Dataset) -> tuple[Denoiser, float]:
     """The averaged model, and the mean loss of the last tenth of the steps."""
-    model = Denoiser(design, nnx.Rngs(0))
-    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, 2e-3, 50, steps))
+    schedule = optax.warmup_cosine_decay_schedule(0, LEARNING_RATE, WARMUP_STEPS, steps)
+    optimizer = optax.adam(schedule)
 
     @jax.jit
-    def step(model, ema, state, n, batch):
-        x, (key, drop_key) = from_uint8(batch["image"]), jax.random.split(jax.random.fold_in(jax.random.key(0), n))
-        y = jnp.where(jax.random.bernoulli(drop_key, 0.05, batch["label"].shape), 10, batch["label"])
+    def train_step(model, ema, opt_state, step, batch):
+        key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(0), step))
+        dropped = jax.random.bernoulli(drop_key, LABEL_DROPOUT, batch["label"].shape)
+        y = jnp.where(dropped, NUM_CLASSES, batch["label"])
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, updated), grads = gradient(model, key, from_uint8(batch["image"]), y)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        model = optax.apply_updates(model, updates)
+        nnx.update(model, nnx.state(updated, nnx.BatchStat))  # the gradient leaves them alone
+        return model, update_ema(ema, model, step, EMA_DECAY), opt_state, loss
 
-        def loss(model):
-            seen = []
-
-            def watched(xt, t, y):
-                out, moved = model.forward(xt, t, y, True)
-                seen.append(moved)
-                return out
-
-            return process.loss(watched, key, x, y)[0], seen[0]
-
-        (value, moved), grads = jax.value_and_grad(loss, has_aux=True)(model)
-        updates, state = optimizer.update(grads, state)
-        new = optax.apply_updates(model, updates)
-        nnx.update(new, nnx.state(moved, nnx.BatchStat))  # gradients of the statistics are zero: they move by themselves
-        ema = update_ema(ema, new, n, 0.995)
-        return new, ema, state, value
-
-    state, ema, values = optimizer.init(model), model, []
-    for n, batch in zip(range(steps), batches(dataset, BATCH, seed=0)):
-        model, ema, state, value = step(model, ema, state, n, batch)
-        values.append(value)
-    return ema, float(np.mean(values[-steps // 10:]))
+    model = Denoiser(block, nnx.Rngs(0))
+    ema, opt_state = model, optimizer.init(model)
+    losses = []
+    stream = batches(dataset, BATCH, seed=0)
+    for step in range(steps):
+        model, ema, opt_state, loss = train_step(model, ema, opt_state, step, next(stream))
+        losses.append(loss)
+    return ema, float(np.mean(losses[-steps // 10 :]))
 
 
-@dataclass(frozen=True)
-class Options:
-    steps: int = 1500  # for each of the four, 50 of them to warm up
+@jax.jit
+def draw(model: Denoiser, labels: jax.Array) -> jax.Array:
+    """An image of each label `[N]`, uint8 `[N, 8, 8, 1]`."""
+    keys = sampling.sample_keys(0, jnp.arange(len(labels)))
+    denoise, correct = partial(model, y=labels), sampling.clip_pixels
+    x = sampling.ddpm(PROCESS, denoise, keys, IMAGE_SHAPE, SAMPLE_STEPS, correct)
+    return to_uint8(x)
 
 
 def main() -> None:
-    steps = parse(Options, sys.argv[1:], "benchmarks/class_conditioning.py", __doc__).steps
-    require(steps > 50, "--steps", steps, "more than 50")
-    dataset, process = open_dataset(Data()), DDPM(schedule="cosine", variance="fixed_small")
-    labels = jnp.arange(SAMPLES) % 10
-
-    @jax.jit
-    def draw(model):
-        keys = sampling.sample_keys(0, jnp.arange(SAMPLES))
-        return to_uint8(sampling.ddpm(process, sampling.guided(model, labels, 10), keys, (8, 8, 1), 100, sampling.clip_pixels))
-
-    print(f"{'condition by':<26}{'parameters':>12}{'taking it in':>14}{'loss':>9}{'accuracy':>10}{'Frechet':>9}   ({steps} steps)")
-    for design in ("concatenation", "FiLM", "conditional batch norm", "adaLN-Zero"):
-        model, loss = train(design, steps, dataset, process)
-        accuracy, distance = judge(np.asarray(draw(model)).reshape(SAMPLES, -1) / 127.5 - 1, np.asarray(labels))
-        taking_in = sum(block.taking_in() for block in model.blocks)
-        print(f"{design:<26}{count_parameters(model):>12,}{taking_in:>14,}{loss:>9.4f}{accuracy:>10.1%}{distance:>9.2f}", flush=True)
+    steps = cli.parse(Options, sys.argv[1:], "benchmarks/class_conditioning.py", __doc__).steps
+    dataset = open_dataset(Data())
+    labels = np.arange(SAMPLES) % NUM_CLASSES
+    header = f"{'condition by':<26}{'parameters':>12}{'taking it in':>14}{'loss':>9}"
+    print(f"{header}{'accuracy':>10}{'Frechet':>9}   ({steps} steps)")
+    for name, block in DESIGNS.items():
+        model, loss = train(block, steps, dataset)
+        images = np.asarray(draw(model, labels))
+        counts = f"{count_parameters(model):>12,}{model.condition_parameters():>14,}"
+        scores = f"{accuracy(images, labels):>10.1%}{distance(images):>9.2f}"
+        print(f"{name:<26}{counts}{loss:>9.4f}{scores}", flush=True)
 
 
 if __name__ == "__main__":
-    with input_errors("benchmarks/class_conditioning.py"):
+    with cli.exit_status("benchmarks/class_conditioning.py"):
         main()

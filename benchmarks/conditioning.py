@@ -1,104 +1,163 @@
-"""The paper's ablation of the conditioning, in small: python benchmarks/conditioning.py [--steps 1000] [--seeds 3] [--preset digits]
+"""The paper's ablation of the conditioning, in small: python benchmarks/conditioning.py [--seeds 3]
 
-Trains in-context, cross-attention, adaLN, adaLN-Zero, and adaLN-Zero with its zero taken away (its modulation initialised as any linear
-layer), all else equal, and prints the loss and the Frechet distance in pixel space at the end, mean and standard deviation over the seeds.
-Writes both against the step as runs/conditioning/PRESET.png. (Peebles & Xie, Figure 5, from worst to best: in-context, cross-attention,
-adaLN, adaLN-Zero.)
+Trains in-context, cross-attention, adaLN, adaLN-Zero, and adaLN-Zero without its zero (its
+modulation initialised as any linear layer), all else equal. Prints the loss and the Frechet
+distance in pixel space at the end, mean and standard deviation over the seeds, and plots both
+against the step in runs/conditioning/PRESET.png. The runs are kept beside it and are resumed.
+(Peebles & Xie, Figure 5, from worst to best: in-context, cross-attention, adaLN, adaLN-Zero.)
 """
 
-import dataclasses
-import functools
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from digits import pixel_rows
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from dit import checkpoint, cli, generate
+from dit.config import AtLeastTwo, Config, PositiveInt, Range, replace, require
+from dit.data import open_dataset
+from dit.metrics import Gaussian, frechet_distance, gaussian_of
+from dit.model import BLOCKS, AdaLNZeroBlock
+from dit.normalization import Modulation, xavier
+from dit.sharding import local_mesh, replicated
+from train import train
 
-import train  # noqa: E402
-from digits import frechet_distance  # noqa: E402
-from dit import config as dit_config  # noqa: E402
-from dit import model as dit_model  # noqa: E402
-from dit.checkpoint import steps as checkpoint_steps  # noqa: E402
-from dit.checkpoint import Checkpoints  # noqa: E402
-from dit.data import open_dataset  # noqa: E402
-from dit.normalization import AdaLNZero  # noqa: E402
-from dit.sharding import make_mesh  # noqa: E402
-from dit.state import abstract_state  # noqa: E402
-from sample import Sample, completed, make_sampler  # noqa: E402
-
-DESIGNS = {"in-context": "in_context", "cross-attention": "cross_attention", "adaLN": "adaln", "adaLN-Zero": "adaln_zero",
-           "adaLN-Zero without its zero": "adaln_zero"}
+FOLDER = Path("runs/conditioning")
 POINTS = 4  # of the curve of the Frechet distance
+REAL_IMAGES = 10_000  # behind the real images' Gaussian, at most
+LAST_LINES = 5  # of the log, whose mean is the loss at the end: a single one is noisy
+WITHOUT_ZERO = "adaLN-Zero without its zero"
+
+DESIGNS = {
+    "in-context": "in_context",
+    "cross-attention": "cross_attention",
+    "adaLN": "adaln",
+    "adaLN-Zero": "adaln_zero",
+    WITHOUT_ZERO: "adaln_zero",
+}
+
+Steps = Annotated[int, Range(lambda value: value >= POINTS, f"at least {POINTS}")]
 
 
 @dataclass(frozen=True)
 class Options:
-    steps: int = 1000  # of each run
-    seeds: int = 3  # runs of each design
+    steps: Steps = 1000  # of each run
+    seeds: PositiveInt = 3  # runs of each design
     preset: str = "digits"  # of pixels, without masks
-    samples: int = 1000  # behind each Frechet distance; more than the image has values, or their covariance is singular
+    samples: AtLeastTwo = 1000  # drawn; more than an image has values, for their covariance
 
 
-def run(name: str, options: Options, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(step, loss) and (step, Frechet distance) of one run, which is kept in runs/conditioning and resumed."""
-    preset = dit_config.load(options.preset)
-    workdir = f"runs/conditioning/{options.preset}-{name.replace(' ', '-')}-{seed}"
-    config = dataclasses.replace(
-        preset, model=dataclasses.replace(preset.model, conditioning=DESIGNS[name]),
-        train=dataclasses.replace(preset.train, steps=options.steps, seed=seed, sample_every=0, workdir=workdir, sampler="ddim",
-                                  checkpoint_every=options.steps // POINTS, keep_last=POINTS, sample_steps=50)).validate()
-    awake = functools.partial(AdaLNZero, kernel_init=nnx.initializers.xavier_uniform())
-    dit_model.AdaLNZero = awake if name.endswith("without its zero") else AdaLNZero
-    train.train(config)
-    rows = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-    sample, labels = make_sampler(config, completed(Sample("", out="x.npz"), config)), np.arange(options.samples) % config.data.num_classes
-    dataset, distances = open_dataset(config.data), []
-    real = dataset.records.images[:10_000].reshape(-1, np.prod(config.input_shape)) / 127.5 - 1
-    checkpoints = Checkpoints(Path(workdir), POINTS, 0)
-    for step in sorted(checkpoint_steps(Path(workdir))):
-        ema = checkpoints.restore(step, abstract_state(config, make_mesh(config.mesh, config.train.batch_size))).ema
-        images = np.asarray(sample(ema, None, jnp.asarray(labels), jnp.arange(options.samples)))
-        distances.append((step, frechet_distance(images.reshape(options.samples, -1) / 127.5 - 1, real)))
-    checkpoints.close()
-    return np.array([(row["step"], row["loss"]) for row in rows]), np.array(distances)
+class XavierBlock(AdaLNZeroBlock):
+    """adaLN-Zero without its zero: the modulation starts as any linear layer."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, dtype, rngs):
+        super().__init__(hidden_size, num_heads, mlp_ratio, dtype=dtype, rngs=rngs)
+        self.modulation = Modulation(hidden_size, 6, kernel_init=xavier, dtype=dtype, rngs=rngs)
+
+
+class Curves(NamedTuple):
+    loss: np.ndarray  # [lines of the log, 2], rows of (step, loss)
+    distance: np.ndarray  # [POINTS, 2], rows of (step, Frechet distance)
+
+
+def config_of(name: str, options: Options, seed: int) -> Config:
+    """The config of one run of a design."""
+    words = name.replace(" ", "-")
+    return replace(
+        cli.load_preset(options.preset),
+        model=dict(conditioning=DESIGNS[name]),
+        train=dict(
+            steps=options.steps,
+            seed=seed,
+            sample_every=0,
+            checkpoint_every=options.steps // POINTS,
+            keep_last=POINTS,
+            sampler="ddim",
+            sample_steps=50,
+            workdir=str(FOLDER / f"{options.preset}-{words}-{seed}"),
+        ),
+    )
+
+
+def run(name: str, options: Options, seed: int, real: Gaussian) -> Curves:
+    """Trains a design, or goes on training it, and measures its checkpoints."""
+    BLOCKS["adaln_zero"] = XavierBlock if name == WITHOUT_ZERO else AdaLNZeroBlock
+    config = config_of(name, options, seed)
+    train(config)
+    lines = (config.workdir / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    losses = [(row["step"], row["loss"]) for row in rows]
+    return Curves(np.array(losses), np.array(measure(config, options.samples, real)))
+
+
+def measure(config: Config, samples: int, real: Gaussian) -> list[tuple[int, float]]:
+    """(step, Frechet distance in pixel space) of each checkpoint of a run."""
+    mesh = local_mesh()
+    labels = np.arange(samples) % config.data.num_classes
+    condition = generate.make_condition(labels, config)
+    sampler, steps = config.train.sampler, config.train.sample_steps
+    draw = generate.make_draw(config, mesh, condition, samples, sampler=sampler, steps=steps)
+    distances = []
+    for step in sorted(checkpoint.steps(config.workdir)):
+        model, _ = checkpoint.load(config.workdir, sharding=replicated(mesh), step=step)
+        drawn = gaussian_of(pixel_rows(draw(model, None, 0)))
+        distances.append((step, frechet_distance(drawn, real)))
+    return distances
+
+
+def print_table(results: dict[str, list[Curves]], options: Options) -> None:
+    device = jax.devices()[0].device_kind
+    header = f"{'design':<30}{'loss':>10}{'+-':>8}{'Frechet':>10}{'+-':>8}"
+    print(f"\n{header}   ({options.seeds} seeds, {options.steps} steps, {device})")
+    for name, runs in results.items():
+        losses = np.array([curves.loss[-LAST_LINES:, 1].mean() for curves in runs])
+        distances = np.array([curves.distance[-1, 1] for curves in runs])
+        loss = f"{losses.mean():>10.4f}{losses.std():>8.4f}"
+        print(f"{name:<30}{loss}{distances.mean():>10.3f}{distances.std():>8.3f}")
+
+
+def plot(results: dict[str, list[Curves]], path: Path) -> None:
+    """Lines are means over the seeds, bands one standard deviation."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    loss_axes, distance_axes = figure.subplots(1, 2)
+    for name, runs in results.items():
+        plot_curve(loss_axes, "-", name, [curves.loss for curves in runs])
+        plot_curve(distance_axes, "o-", name, [curves.distance for curves in runs])
+    loss_axes.set(xlabel="step", ylabel="loss", yscale="log")
+    distance_axes.set(xlabel="step", ylabel="Frechet distance in pixel space", yscale="log")
+    loss_axes.grid(alpha=0.3)
+    distance_axes.grid(alpha=0.3)
+    loss_axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_curve(axes: Axes, style: str, name: str, curves: list[np.ndarray]) -> None:
+    steps = curves[0][:, 0]
+    values = np.stack([curve[:, 1] for curve in curves])  # [seeds, points]
+    mean, deviation = values.mean(axis=0), values.std(axis=0)
+    axes.plot(steps, mean, style, label=name, markersize=3)
+    axes.fill_between(steps, mean - deviation, mean + deviation, alpha=0.2)
 
 
 def main() -> None:
-    options = dit_config.parse(Options, sys.argv[1:], "benchmarks/conditioning.py", __doc__)
-    data = dit_config.load(options.preset).data
-    dit_config.require(not data.latents and not data.mask_classes, "--preset", options.preset, "one of pixels, without masks")
-    for name, value, least in (("steps", options.steps, POINTS), ("seeds", options.seeds, 1), ("samples", options.samples, 2)):
-        dit_config.require(value >= least, f"--{name}", value, f"at least {least}")
-    found = {name: [run(name, options, seed) for seed in range(options.seeds)] for name in DESIGNS}
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    print(f"\n{'design':<30}{'loss':>10}{'+-':>8}{'Frechet':>10}{'+-':>8}   ({options.seeds} seeds, {options.steps} steps, "
-          f"{jax.devices()[0].device_kind})")
-    for name, runs in found.items():
-        last = []
-        for k, ax in enumerate(axes):
-            curves = np.stack([pair[k] for pair in runs])  # [seeds, points, 2]
-            mean, spread = curves[..., 1].mean(axis=0), curves[..., 1].std(axis=0)
-            ax.plot(curves[0, :, 0], mean, "o-" if k else "-", label=name, markersize=3)
-            ax.fill_between(curves[0, :, 0], mean - spread, mean + spread, alpha=0.2)
-            tail = curves[:, -5:, 1].mean(axis=1) if k == 0 else curves[:, -1, 1]  # the loss is noisy: its last five lines
-            last += [tail.mean(), tail.std()]
-        print(f"{name:<30}{last[0]:>10.4f}{last[1]:>8.4f}{last[2]:>10.3f}{last[3]:>8.3f}")
-    for ax, label in zip(axes, ("loss", "Frechet distance in pixel space")):
-        ax.set(xlabel="step", ylabel=label, yscale="log")
-        ax.grid(alpha=0.3)
-    axes[0].legend()
-    figure.savefig(ROOT / f"runs/conditioning/{options.preset}.png", dpi=120)
+    options = cli.parse(Options, sys.argv[1:], "benchmarks/conditioning.py", __doc__)
+    data = cli.load_preset(options.preset).data
+    is_plain = not data.latents and not data.mask_classes
+    require(is_plain, "--preset", options.preset, "one of pixels, without masks")
+    real = gaussian_of(pixel_rows(open_dataset(data).records.images[:REAL_IMAGES]))
+    results = {
+        name: [run(name, options, seed, real) for seed in range(options.seeds)] for name in DESIGNS
+    }
+    print_table(results, options)
+    plot(results, FOLDER / f"{options.preset}.png")
 
 
 if __name__ == "__main__":
-    with dit_config.input_errors("benchmarks/conditioning.py"):
+    with cli.exit_status("benchmarks/conditioning.py"):
         main()

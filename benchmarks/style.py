@@ -1,13 +1,15 @@
-"""What style by statistics does to CIFAR-10 samples: python benchmarks/style.py WORKDIR [--samples SAMPLES]
+"""What a style does to CIFAR-10 samples: python benchmarks/style.py WORKDIR [--samples SAMPLES]
 
-Draws samples of a CIFAR-10 model without a style and with that of real images of high and low contrast, and prints how far their channel
-means and deviations are from the style's, and the share that a small convolutional network, trained here on the real images, puts in the
-class asked for.
+Draws samples of a CIFAR-10 model without a style, and with the statistics of a real image of low,
+of ordinary and of high contrast. Prints how far the samples' channel means and deviations are from
+the style's, and the share that a small convolutional network, trained here on the real images, puts
+in the class that was asked for.
 """
 
 import dataclasses
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -20,22 +22,33 @@ import tyro
 from flax import nnx
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from dit import checkpoint, cli
+from dit.config import PositiveInt, require
+from dit.data import Dataset, batches, open_dataset
+from dit.images import from_uint8
+from dit.normalization import instance_norm
+from sample import Sample
+from sample import run as run_sample
 
-import sample  # noqa: E402
-from dit import checkpoint  # noqa: E402
-from dit.config import input_errors, parse, require  # noqa: E402
-from dit.data import batches, open_dataset  # noqa: E402
-from dit.images import from_uint8  # noqa: E402
-from dit.normalization import instance_norm  # noqa: E402
+BATCH = 128
+
+Workdir = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR")]
+Classify = Callable[[np.ndarray], np.ndarray]  # uint8 [N, 32, 32, 3] to classes [N]
+
+
+@dataclass(frozen=True)
+class Options:
+    workdir: Workdir  # of a CIFAR-10 run
+    samples: PositiveInt = 500  # with each style
 
 
 class Classifier(nnx.Module):
-    """Three strided convolutions and a linear layer."""
+    """Three strided convolutions and a linear layer: x `[B, 32, 32, 3]` to logits `[B, 10]`."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.convs = nnx.List([nnx.Conv(a, b, (3, 3), strides=2, rngs=rngs) for a, b in ((3, 32), (32, 64), (64, 128))])
+        sizes = [(3, 32), (32, 64), (64, 128)]
+        convs = [nnx.Conv(a, b, (3, 3), strides=2, rngs=rngs) for a, b in sizes]
+        self.convs = nnx.List(convs)
         self.linear = nnx.Linear(128, 10, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -44,66 +57,88 @@ class Classifier(nnx.Module):
         return self.linear(x.mean(axis=(1, 2)))
 
 
-def train_classifier(dataset, steps: int = 2000) -> Classifier:
-    model, optimizer = Classifier(nnx.Rngs(0)), optax.adam(optax.cosine_decay_schedule(2e-3, steps))
+def train_classifier(dataset: Dataset, steps: int = 2000) -> Classify:
+    model = Classifier(nnx.Rngs(0))
+    optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+
+    def loss(model: Classifier, batch: dict[str, jax.Array]) -> jax.Array:
+        return cross_entropy(model(from_uint8(batch["image"])), batch["label"]).mean()
 
     @jax.jit
-    def step(model, state, x, y):
-        def loss(model):
-            return optax.softmax_cross_entropy_with_integer_labels(model(from_uint8(x)), y).mean()
+    def step(model: Classifier, opt_state: optax.OptState, batch: dict[str, jax.Array]) -> tuple:
+        updates, opt_state = optimizer.update(jax.grad(loss)(model, batch), opt_state)
+        return optax.apply_updates(model, updates), opt_state
 
-        updates, state = optimizer.update(jax.grad(loss)(model), state)
-        return optax.apply_updates(model, updates), state
-
-    state = optimizer.init(model)
-    for _, batch in zip(range(steps), batches(dataset, 128, seed=0)):
-        model, state = step(model, state, batch["image"], batch["label"])
-    return model
+    opt_state = optimizer.init(model)
+    stream = batches(dataset, BATCH, seed=0)
+    for _ in range(steps):
+        model, opt_state = step(model, opt_state, next(stream))
+    logits = jax.jit(model.__call__)
+    return lambda images: np.argmax(logits(from_uint8(jnp.asarray(images))), axis=1)
 
 
 def statistics(images: np.ndarray) -> np.ndarray:
-    """Channel means and deviations `[N, 2 C]` of uint8 images, in [-1, 1]."""
+    """Channel means and deviations `[N, 2 C]` of uint8 images `[N, H, W, C]`, in [-1, 1]."""
     x = images / 127.5 - 1
     return np.concatenate([x.mean(axis=(1, 2)), x.std(axis=(1, 2))], axis=1)
 
 
-@dataclass(frozen=True)
-class Options:
-    workdir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR")]  # of a CIFAR-10 run
-    samples: int = 500  # with each style
+def choose_styles(real: np.ndarray) -> dict[str, int]:
+    """The indices of three images, by their contrast: of light, and between red and blue."""
+    red, _, blue, *deviations = real.T
+    order = np.argsort(np.sum(deviations, axis=0) + np.abs(red - blue))
+    return {"faint": order[100], "ordinary": order[len(order) // 2], "strong": order[-100]}
+
+
+def draw(options: Options, style: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Samples, uint8 `[N, 32, 32, 3]`, with an image's style, and their labels `[N]`."""
+    with tempfile.TemporaryDirectory() as folder:
+        picture, out = Path(folder) / "style.png", Path(folder) / "samples.npz"
+        if style is not None:
+            Image.fromarray(style).save(picture)
+        request = Sample(
+            options.workdir,
+            num_samples=options.samples,
+            guidance=2.0,
+            style=None if style is None else str(picture),
+            out=str(out),
+        )
+        arrays = np.load(run_sample(request))
+        return arrays["arr_0"], arrays["arr_1"]
 
 
 def main() -> None:
-    options = parse(Options, sys.argv[1:], "benchmarks/style.py", __doc__)
-    _, config = checkpoint.load(options.workdir)
-    require(config.data.name == "cifar10", "WORKDIR", options.workdir, "the folder of a CIFAR-10 run")
-    dataset = open_dataset(config.data)
-    classifier = jax.jit(train_classifier(dataset).__call__)
-    real = open_dataset(dataclasses.replace(config.data, split="test")).records
-    right = np.argmax(classifier(from_uint8(jnp.asarray(real.images[:2000]))), axis=1) == real.labels[:2000]
-    print(f"the classifier on held-out real images: {right.mean():.1%}")
-    found = statistics(dataset.records.images)
-    contrast = found[:, 3:].sum(axis=1) + np.abs(found[:, 0] - found[:, 2])  # of light, and between red and blue
-    order = np.argsort(contrast)
-    chosen = {"faint": order[100], "ordinary": order[len(order) // 2], "strong": order[-100]}
-    print(f"{'style':<12}{'distance without':>18}{'with':>10}{'ratio':>8}{'accuracy without':>18}{'with':>8}")
-    with tempfile.TemporaryDirectory() as folder:
-        drawn = {}
-        for name, index in [(None, None), *chosen.items()]:
-            style = f"{folder}/{name}.png"
-            if name:
-                Image.fromarray(dataset.records.images[index]).save(style)
-            sample.run(sample.Sample(options.workdir, num_samples=options.samples, guidance=2.0, style=style if name else None,
-                                     out=f"{folder}/x.npz"))
-            arrays = np.load(f"{folder}/x.npz")
-            accuracy = float((np.argmax(classifier(from_uint8(jnp.asarray(arrays["arr_0"]))), axis=1) == arrays["arr_1"]).mean())
-            drawn[name] = statistics(arrays["arr_0"]), accuracy
-            if name:
-                without, with_style = (np.abs(drawn[k][0] - found[index]).mean() for k in (None, name))
-                print(f"{name:<12}{without:>18.4f}{with_style:>10.4f}{without / with_style:>8.1f}"
-                      f"{drawn[None][1]:>18.1%}{accuracy:>8.1%}")
+    options = cli.parse(Options, sys.argv[1:], "benchmarks/style.py", __doc__)
+    workdir = Path(options.workdir)
+    step, _ = checkpoint.newest_intact(workdir)
+    data = checkpoint.stored_config(workdir, step).data
+    is_cifar10 = data.name == "cifar10"
+    require(is_cifar10, "WORKDIR", options.workdir, "the folder of a CIFAR-10 run")
+
+    dataset = open_dataset(data)
+    classify = train_classifier(dataset)
+    held_out = open_dataset(dataclasses.replace(data, split="test")).records
+    images, labels = held_out.images[:2000], held_out.labels[:2000]
+    share = (classify(images) == labels).mean()
+    print(f"the classifier on held-out real images: {share:.1%}")
+
+    images, labels = draw(options, style=None)
+    plain = statistics(images)
+    plain_share = (classify(images) == labels).mean()
+    header = f"{'style':<12}{'distance without':>18}{'with':>10}{'ratio':>8}"
+    print(header + f"{'accuracy without':>18}{'with':>8}")
+    real = statistics(dataset.records.images)
+    for name, index in choose_styles(real).items():
+        images, labels = draw(options, dataset.records.images[index])
+        share = (classify(images) == labels).mean()
+        without = np.abs(plain - real[index]).mean()
+        with_style = np.abs(statistics(images) - real[index]).mean()
+        ratio = without / with_style
+        distances = f"{without:>18.4f}{with_style:>10.4f}{ratio:>8.1f}"
+        print(f"{name:<12}{distances}{plain_share:>18.1%}{share:>8.1%}")
 
 
 if __name__ == "__main__":
-    with input_errors("benchmarks/style.py"):
+    with cli.exit_status("benchmarks/style.py"):
         main()

@@ -3,13 +3,21 @@
 Hardware: one GPU. TFDS downloads the data, 170 MB, the first time.
 """
 
-from dit.config import Config, Data, Model, Objective, Optim, Train
+from dit.config import PRESETS, Config, Data, Model, Objective, Optim, Train
 
 config = Config(
     name="cifar10",
-    model=Model(hidden_size=384, depth=12, num_heads=6, patch_size=2),
-    objective=Objective(schedule="cosine"),  # the linear one, made for larger images, spends a third of its steps on pure noise
+    model=Model(**PRESETS["DiT-S/2"]),
+    # the linear schedule, made for larger images, spends a third of its steps on pure noise
+    objective=Objective(schedule="cosine"),
     data=Data(name="cifar10", image_size=32, channels=3, num_classes=10, flip=True),
     optim=Optim(learning_rate=3e-4, warmup_steps=1000, grad_clip=1.0, ema_decay=0.9999),
-    train=Train(steps=100_000, batch_size=256, dtype="bfloat16", sample_every=5000, checkpoint_every=5000, keep_every=50_000),
+    train=Train(
+        steps=100_000,
+        batch_size=256,
+        dtype="bfloat16",
+        sample_every=5000,
+        checkpoint_every=5000,
+        keep_every=50_000,
+    ),
 )

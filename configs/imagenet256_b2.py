@@ -3,12 +3,19 @@
 Hardware: 8 GPUs or a TPU v5e-8. Expect (paper, Table 4, 400K steps, no guidance): FID-50K 43.47.
 """
 
-from dit.config import Config, Data, Model, Optim, Train
+from dit.config import PRESETS, Config, Data, Model, Optim, Train
 
 config = Config(
     name="imagenet256_b2",
-    model=Model(hidden_size=768, depth=12, num_heads=12, patch_size=2),
-    data=Data(name="imagenet2012", image_size=256, channels=3, num_classes=1000, latents="latents/imagenet256", flip=True),
+    model=Model(**PRESETS["DiT-B/2"]),
+    data=Data(
+        name="imagenet2012",
+        image_size=256,
+        channels=3,
+        num_classes=1000,
+        latents="latents/imagenet256",
+        flip=True,
+    ),
     optim=Optim(learning_rate=1e-4, ema_decay=0.9999),
     train=Train(steps=400_000, batch_size=256, dtype="bfloat16"),
 )

@@ -3,12 +3,19 @@
 Hardware: 8 GPUs or a TPU v5e-8. Expect (paper, Table 4, 400K steps, no guidance): FID-50K 23.33.
 """
 
-from dit.config import Config, Data, Model, Optim, Train
+from dit.config import PRESETS, Config, Data, Model, Optim, Train
 
 config = Config(
     name="imagenet256_l2",
-    model=Model(hidden_size=1024, depth=24, num_heads=16, patch_size=2, remat=True),
-    data=Data(name="imagenet2012", image_size=256, channels=3, num_classes=1000, latents="latents/imagenet256", flip=True),
+    model=Model(**PRESETS["DiT-L/2"], remat=True),
+    data=Data(
+        name="imagenet2012",
+        image_size=256,
+        channels=3,
+        num_classes=1000,
+        latents="latents/imagenet256",
+        flip=True,
+    ),
     optim=Optim(learning_rate=1e-4, ema_decay=0.9999),
     train=Train(steps=400_000, batch_size=256, dtype="bfloat16"),
 )

@@ -1,15 +1,22 @@
 """DiT-XL/2 on 256x256 ImageNet latents, the paper's recipe: python train.py imagenet256_xl2
 
-Hardware: a TPU pod slice or several large GPUs; `python -m dit.plan imagenet256_xl2 --topology v5e:2x4` says whether it fits.
-Expect (paper, Table 4, 400K steps, no guidance): FID-50K 19.47.
+Hardware: a TPU pod slice or several large GPUs; `python plan.py imagenet256_xl2 --topology v5e:2x4`
+says whether it fits. Expect (paper, Table 4, 400K steps, no guidance): FID-50K 19.47.
 """
 
-from dit.config import Config, Data, Model, Optim, Train
+from dit.config import PRESETS, Config, Data, Model, Optim, Train
 
 config = Config(
     name="imagenet256_xl2",
-    model=Model(hidden_size=1152, depth=28, num_heads=16, patch_size=2, remat=True),
-    data=Data(name="imagenet2012", image_size=256, channels=3, num_classes=1000, latents="latents/imagenet256", flip=True),
+    model=Model(**PRESETS["DiT-XL/2"], remat=True),
+    data=Data(
+        name="imagenet2012",
+        image_size=256,
+        channels=3,
+        num_classes=1000,
+        latents="latents/imagenet256",
+        flip=True,
+    ),
     optim=Optim(learning_rate=1e-4, ema_decay=0.9999),
     train=Train(steps=400_000, batch_size=256, dtype="bfloat16"),
 )

@@ -1,15 +1,23 @@
 """DiT-XL/2 on 512x512 ImageNet latents, the paper's recipe: python train.py imagenet512_xl2
 
-Hardware: a TPU pod slice or several large GPUs. Expect (paper, section 5.1, 3M steps, guidance 1.5): FID-50K 3.04. The smaller models
-train at 512x512 by `imagenet256_b2 --data.image-size 512 --data.latents latents/imagenet512`.
+Hardware: a TPU pod slice or several large GPUs. Expect (paper, section 5.1, 3M steps, guidance
+1.5): FID-50K 3.04. The smaller models train at 512x512 by
+`imagenet256_b2 --data.image-size 512 --data.latents latents/imagenet512`.
 """
 
-from dit.config import Config, Data, Model, Optim, Train
+from dit.config import PRESETS, Config, Data, Model, Optim, Train
 
 config = Config(
     name="imagenet512_xl2",
-    model=Model(hidden_size=1152, depth=28, num_heads=16, patch_size=2, remat=True),
-    data=Data(name="imagenet2012", image_size=512, channels=3, num_classes=1000, latents="latents/imagenet512", flip=True),
+    model=Model(**PRESETS["DiT-XL/2"], remat=True),
+    data=Data(
+        name="imagenet2012",
+        image_size=512,
+        channels=3,
+        num_classes=1000,
+        latents="latents/imagenet512",
+        flip=True,
+    ),
     optim=Optim(learning_rate=1e-4, ema_decay=0.9999),
     train=Train(steps=3_000_000, batch_size=256, dtype="bfloat16"),
 )

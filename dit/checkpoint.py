@@ -1,37 +1,58 @@
-"""Checkpoints: state, position in the data and config together, written by Orbax in the background, checked before they are read.
+"""Checkpoints: state, config and data set facts together, checked before they are read.
 
-`checkpoints/STEP/` holds the items `model`, `ema`, `optimizer`, `position`, `config`, and `checksums.json`: Orbax itself restores a
-flipped bit without a word.
+`checkpoints/STEP/` holds the items `model`, `ema`, `optimizer`, `config` and `dataset`, which Orbax
+writes in the background, and `checksums.json`: Orbax restores a flipped bit without an error. The
+config and the facts are read without jax, so jax, Orbax and the model are imported where they are
+used.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
+import operator
+import time
+import warnings
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import jax
-import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
+from dit.config import Config, InputError, from_json, replace, require
+from dit.files import whole
 
-from dit import config as dit_config
-from dit.config import Config, InputError, require
-from dit.model import DiT
-from dit.state import State, make_model
+if TYPE_CHECKING:
+    import jax
+
+    from dit.data import Dataset
+    from dit.model import DiT
+    from dit.state import State
 
 CHECKSUMS = "checksums.json"
 
 
+# Which checkpoints are intact
+
+
+def steps(workdir: Path) -> list[int]:
+    """The steps whose checkpoints were completed, newest first."""
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
+def step_folder(workdir: Path, step: int) -> Path:
+    return workdir.resolve() / "checkpoints" / str(step)
+
+
 def checksums(folder: Path) -> dict[str, list[int]]:
     """{file: [bytes, crc32]} of the items of a checkpoint."""
-    found = {}
+    files = {}
     for path in sorted(path for path in folder.glob("*/**/*") if path.is_file()):
         crc = 0
         with path.open("rb") as file:
             while block := file.read(1 << 24):
                 crc = zlib.crc32(block, crc)
-        found[str(path.relative_to(folder))] = [path.stat().st_size, crc]
-    return found
+        files[str(path.relative_to(folder))] = [path.stat().st_size, crc]
+    return files
 
 
 def damage(folder: Path) -> str | None:
@@ -40,121 +61,251 @@ def damage(folder: Path) -> str | None:
         written = json.loads((folder / CHECKSUMS).read_text())
     except (OSError, ValueError):
         return f"{CHECKSUMS} is missing or damaged"
-    found = checksums(folder)
+    present = checksums(folder)
     for name, (size, crc) in written.items():
-        if name not in found:
+        if name not in present:
             return f"{name} is missing"
-        if found[name][0] < size:
+        if present[name][0] < size:
             return f"{name} is truncated"
-        if found[name] != [size, crc]:
+        if present[name] != [size, crc]:
             return f"{name} is damaged"
     return None
 
 
-def steps(workdir: Path) -> list[int]:
-    """The steps whose checkpoints were written to the end, newest first."""
-    return sorted((int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()), reverse=True)
+def newest_intact(workdir: Path) -> tuple[int, list[str]]:
+    """The newest step whose checkpoint is intact, and a line on each damaged newer one.
 
-
-def newest_intact(workdir: Path) -> tuple[int, dict[int, str]]:
-    """The newest step whose checkpoint is whole, and what is wrong with each newer one. Raises InputError if there is none."""
+    Raises InputError if there is none, or if an older version of this project wrote it.
+    """
     broken = {}
     for step in steps(workdir):
-        if (what := damage(workdir / "checkpoints" / str(step))) is None:
-            return step, broken
-        broken[step] = what
-    why = "; ".join(f"{step}: {what}" for step, what in broken.items()) or "train.py writes them"
-    raise InputError(f"workdir: {str(workdir)!r} should hold an intact checkpoint in checkpoints/ ({why})")
+        problem = damage(step_folder(workdir, step))
+        if problem is None:
+            check_layout(workdir, step)
+            return step, [f"checkpoint {n}: {why}; using {step}" for n, why in broken.items()]
+        broken[step] = problem
+    reasons = "; ".join(f"{step}: {problem}" for step, problem in broken.items())
+    raise InputError(
+        f"workdir: {str(workdir)!r} should hold an intact checkpoint in checkpoints/ "
+        f"({reasons or 'train.py writes them'})"
+    )
+
+
+def check_layout(workdir: Path, step: int) -> None:
+    is_current = (step_folder(workdir, step) / "dataset/metadata").is_file()
+    expected = "of this version: an older one wrote its checkpoints; train or convert again"
+    require(is_current, "workdir", str(workdir), expected)
+
+
+def stored_config(workdir: Path, step: int) -> Config:
+    return from_json((step_folder(workdir, step) / "config/metadata").read_text())
+
+
+def stored_dataset(workdir: Path, step: int) -> dict[str, Any]:
+    """{"class_names": [...], "num_examples": int}, the latter None for converted weights."""
+    return json.loads((step_folder(workdir, step) / "dataset/metadata").read_text())
+
+
+# Which run may go on
+
+
+def differences(ours: Config, theirs: Config) -> list[str]:
+    """What keeps a run from going on under another config: ["model.depth: 4, where 6 is ...", ...].
+
+    What a run computes may not change. Where it computes and keeps its files, how it is split up,
+    how long it lasts and what it logs may.
+    """
+    names = [
+        f"{section}.{field.name}"
+        for section in ("model", "objective", "data", "optim")
+        for field in dataclasses.fields(getattr(ours, section))
+    ]
+    names += ["input_shape", "train.batch_size", "train.seed", "train.dtype"]
+    if ours.optim.schedule == "cosine":
+        names.append("train.steps")
+    may_differ = ("model.remat", "optim.accumulate", "data.latents", "data.vae")
+    lines = []
+    for name in names:
+        value, stored = operator.attrgetter(name)(ours), operator.attrgetter(name)(theirs)
+        if value != stored and name not in may_differ:
+            lines.append(f"{name}: {value!r}, where {stored!r} is stored")
+    return lines
+
+
+def step_to_resume(config: Config, dataset: Dataset) -> tuple[int, list[str]]:
+    """The step that a run goes on from, 0 for a new one, and a line on each damaged checkpoint.
+
+    Damaged checkpoints are renamed, so that Orbax does not see them. Raises InputError if the
+    workdir holds a run of another kind.
+    """
+    workdir = config.workdir
+    if not steps(workdir):
+        return 0, []
+    step, damaged = newest_intact(workdir)
+    examples, stored = len(dataset.records), stored_dataset(workdir, step)["num_examples"]
+    expected = "a run's folder or new: it holds converted weights, from which no run goes on"
+    require(stored is not None, "train.workdir", str(workdir), expected)
+    changes = differences(config, stored_config(workdir, step))
+    if stored != examples:
+        changes.append(f"data: {examples} images, where the run was trained on {stored}")
+    if changes:
+        raise InputError(
+            f"{changes[0]} in {str(workdir)!r}; a run goes on with the config it began with, so "
+            "set it back or choose another --name"
+        )
+    set_aside([n for n in steps(workdir) if n > step], workdir)
+    return step, damaged
+
+
+def set_aside(damaged: list[int], workdir: Path) -> None:
+    """Renames damaged checkpoints, once every process has seen them."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices("every process has chosen a checkpoint")
+    if jax.process_index() == 0:
+        for step in damaged:
+            folder = step_folder(workdir, step)
+            folder.rename(folder.with_name(f"broken-{step}-{int(time.time())}"))
+    multihost_utils.sync_global_devices("damaged checkpoints are renamed")
+
+
+def prepare_workdir(config: Config) -> None:
+    """Makes the workdir and writes config.json. Raises InputError if it cannot be written."""
+    import jax
+
+    try:
+        for name in ("samples", "checkpoints"):
+            (config.workdir / name).mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            (config.workdir / "config.json").write_text(config.to_json() + "\n")
+    except OSError as error:
+        raise InputError(
+            f"train.workdir: {str(config.workdir)!r} should be a folder that can be written "
+            f"({error.strerror})"
+        ) from error
+
+
+# Writing and reading
 
 
 class Checkpoints:
-    """The checkpoints of a workdir: keeps the last `keep_last`, and for good those at multiples of `keep_every`."""
+    """Saves a run's state; keeps the last `train.keep_last` and the multiples of `keep_every`."""
 
-    def __init__(self, workdir: Path, keep_last: int, keep_every: int):
-        self.folder = workdir.resolve() / "checkpoints"
-        kept = [policies.LatestN(keep_last)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
+    def __init__(self, config: Config, dataset: Dataset):
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint import checkpoint_managers as policies
+
+        self.config = config
+        self.facts = {
+            "class_names": list(dataset.class_names),
+            "num_examples": len(dataset.records),
+        }
+        self.folder = config.workdir.resolve() / "checkpoints"
+        kept = [policies.LatestN(config.train.keep_last)]
+        if config.train.keep_every:
+            kept.append(policies.EveryNSteps(config.train.keep_every))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal))
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+        )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
         self.saving = None
 
-    def _seal(self) -> None:
-        """Adds the checksums, in Orbax's own thread: all items are written, and their folder has its temporary name still."""
-        folder = self.folder / f"{self.saving}.orbax-checkpoint-tmp"
-        if jax.process_index() == 0:
-            (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))
+    def __enter__(self) -> Checkpoints:
+        return self
 
-    @property
-    def last_step(self) -> int | None:
-        return self.manager.latest_step()
+    def __exit__(self, *exception: Any) -> None:
+        """Waits for the save that is under way."""
+        self.manager.close()
 
-    def save(self, state: State, config: Config, num_examples: int) -> None:
-        """Copies the state off the devices and returns; the rest happens in the background."""
+    def save(self, state: State) -> None:
+        """Copies the state off the devices and returns; Orbax writes it in the background."""
+        import orbax.checkpoint as ocp
+
         step = int(state.step)
         if step in self.manager.all_steps():
             return
         self.manager.wait_until_finished()
         self.saving = step
-        self.manager.save(step, args=ocp.args.Composite(
-            model=ocp.args.StandardSave(state.model), ema=ocp.args.StandardSave(state.ema),
-            optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-            position=ocp.args.JsonSave({"next_batch": step, "num_examples": num_examples}),
-            config=ocp.args.JsonSave(dataclasses.asdict(config))))
+        optimizer = {"step": state.step, "opt_state": state.opt_state}
+        items = ocp.args.Composite(
+            model=ocp.args.StandardSave(state.model),
+            ema=ocp.args.StandardSave(state.ema),
+            optimizer=ocp.args.StandardSave(optimizer),
+            config=ocp.args.JsonSave(dataclasses.asdict(self.config)),
+            dataset=ocp.args.JsonSave(self.facts),
+        )
+        self.manager.save(step, args=items)
 
-    def restore(self, step: int, target: State) -> State:
-        """The state of a step, in the shapes, types and shardings of the target."""
-        items = self.manager.restore(step, args=ocp.args.Composite(
-            model=ocp.args.StandardRestore(target.model), ema=ocp.args.StandardRestore(target.ema),
-            optimizer=ocp.args.StandardRestore({"step": target.step, "opt_state": target.opt_state})))
-        return State(items.optimizer["step"], items.model, items.ema, items.optimizer["opt_state"])
+    def _write_checksums(self) -> None:
+        """Called by Orbax's thread when all items are written, before the folder is renamed."""
+        import jax
 
-    def close(self) -> None:
-        """Waits for what is being written."""
-        self.manager.close()
-
-
-def stored_config(workdir: Path, step: int) -> Config:
-    return dit_config.from_json((workdir / "checkpoints" / str(step) / "config/metadata").read_text())
+        folder = self.folder / f"{self.saving}.orbax-checkpoint-tmp"
+        if jax.process_index() == 0:
+            (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))
 
 
-def stored_position(workdir: Path, step: int) -> dict[str, int]:
-    """{"next_batch": the step whose batch comes next, counted from 0, "num_examples": images of the data set}."""
-    file = workdir / "checkpoints" / str(step) / "position/metadata"
-    require(file.is_file(), "train.workdir", str(workdir), "a run's or new: it holds converted weights, from which no run goes on")
-    return json.loads(file.read_text())
+def restore(workdir: Path, step: int, target: State) -> State:
+    """The state of a step, in the shapes, types and shardings of the target."""
+    import orbax.checkpoint as ocp
+
+    from dit.state import State
+
+    folder = step_folder(workdir, step)
+    reader = ocp.StandardCheckpointer()
+    optimizer = {"step": target.step, "opt_state": target.opt_state}
+    model = reader.restore(folder / "model", target.model)
+    ema = reader.restore(folder / "ema", target.ema)
+    optimizer = reader.restore(folder / "optimizer", optimizer)
+    return State(optimizer["step"], model, ema, optimizer["opt_state"])
 
 
-def save_weights(path: Path, model: DiT, config: Config) -> None:
-    """Writes a model without a run behind it as the only checkpoint of a folder, which `load` reads; whole or not at all."""
-    folder, unfinished = path.resolve(), path.resolve().with_name(path.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    step = unfinished / "checkpoints" / "0"
-    with ocp.StandardCheckpointer() as writer:
-        writer.save(step / "ema", model)
-    (step / "config").mkdir()
-    (step / "config/metadata").write_text(config.to_json())
-    (step / CHECKSUMS).write_text(json.dumps(checksums(step)))
-    unfinished.rename(folder)
+def load(
+    path: str | Path,
+    ema: bool = True,
+    sharding: jax.sharding.Sharding | None = None,
+    dtype: str | None = None,
+    step: int | None = None,
+) -> tuple[DiT, Config]:
+    """The model of a workdir's newest intact checkpoint, or of converted weights, and its config.
 
-
-def load(path: str | Path, ema: bool = True, sharding: jax.sharding.Sharding | None = None, dtype: str | None = None,
-         step: int | None = None) -> tuple[DiT, Config]:
-    """The model of the newest intact checkpoint of a workdir (its average unless `ema` is False), and its config.
-
-    `sharding` places every parameter; None puts them on the first device. `dtype` is that of the computation; None is that of the
-    training. `step` names a checkpoint that is known to be intact. Raises InputError.
+    ema: the averaged weights; False takes the last ones. sharding: of every parameter; None is the
+    first device. dtype: of the products; None is the training's. step: of a checkpoint known to be
+    intact; None looks for the newest and warns of damaged ones. Raises InputError.
     """
-    workdir, broken = Path(path), {}
+    import jax
+    import orbax.checkpoint as ocp
+
+    from dit.state import make_model, with_shardings
+
+    workdir = Path(path)
     if step is None:
-        step, broken = newest_intact(workdir)
-    for other, what in broken.items():
-        print(f"checkpoint {other}: {what}; using checkpoint {step}")
+        step, damaged = newest_intact(workdir)
+        for line in damaged:
+            warnings.warn(line, stacklevel=2)
     config = stored_config(workdir, step)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=dtype or config.train.dtype))
+    if dtype is not None:
+        config = replace(config, train=dict(dtype=dtype))
+    item = step_folder(workdir, step) / ("ema" if ema else "model")
+    require(item.is_dir(), "ema", ema, "True: converted weights are one set")
+    shapes = jax.eval_shape(lambda: make_model(config, jax.random.key(0)))
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-                          jax.eval_shape(lambda: make_model(config, jax.random.key(0))))
-    item = workdir.resolve() / "checkpoints" / str(step) / ("ema" if ema else "model")
-    require(item.is_dir(), "ema", ema, "True: these are converted weights, of which there is one set")
+    target = with_shardings(shapes, jax.tree.map(lambda leaf: sharding, shapes))
     return ocp.StandardCheckpointer().restore(item, target), config
+
+
+def save_weights(path: Path, model: DiT, config: Config, class_names: tuple[str, ...]) -> None:
+    """Writes a model that no run has trained as checkpoint 0 of a folder, which `load` reads."""
+    import orbax.checkpoint as ocp
+
+    facts = {"class_names": list(class_names), "num_examples": None}
+    with whole(path.resolve()) as unfinished:
+        folder = unfinished / "checkpoints" / "0"
+        with ocp.StandardCheckpointer() as writer:
+            writer.save(folder / "ema", model)
+        for item, text in [("config", config.to_json()), ("dataset", json.dumps(facts))]:
+            (folder / item).mkdir()
+            (folder / item / "metadata").write_text(text)
+        (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))

@@ -1,4 +1,4 @@
-"""Images: bytes to [-1, 1] and back (the only place), the centre crop, labelled grids, and .npz files too large for memory."""
+"""Images: bytes to [-1, 1] and back (the only place), crops, grids, pictures, .npz files."""
 
 import zipfile
 import zlib
@@ -11,6 +11,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dit.config import InputError, one_line, require
+from dit.files import whole
+
+BATCH = 64  # images of an .npz that are read at a time
 
 
 def from_uint8(image: jax.Array) -> jax.Array:
@@ -23,24 +26,30 @@ def to_uint8(image: jax.Array) -> jax.Array:
     return jnp.round((jnp.clip(image, -1, 1) + 1) * 127.5).astype(jnp.uint8)
 
 
-def prepare(batch: dict[str, jax.Array], key: jax.Array, flip: bool, latent_scale: float) -> tuple[jax.Array, jax.Array | None]:
-    """What the network is trained on, float32 `[B, H, W, C]`: pixels in [-1, 1], or a fresh sample of the VAE's posterior, scaled.
+# Pictures
 
-    And its mask `[B, H, W]`, where there is one. With `flip`, each is mirrored with probability 1/2. `batch` is as in `dit.data`.
+
+def open_picture(option: str, path: str, mode: str) -> np.ndarray:
+    """uint8 `[H, W, 1]` for the mode "L", `[H, W, 3]` for "RGB". Raises InputError.
+
+    With "L", the entries of a palette stay the labels that they are.
     """
-    mirrored = jax.random.bernoulli(key, 0.5 * flip, (len(batch["label"]), 1, 1, 1))
-    if "image" in batch:
-        x, mask = from_uint8(batch["image"]), batch.get("mask")
-        return jnp.where(mirrored, x[:, :, ::-1], x), mask if mask is None else jnp.where(mirrored[..., 0], mask[:, :, ::-1], mask)
-    latent = batch["latent"].astype(jnp.float32)  # [B, 2, h, w, 8]
-    mean, std = jnp.split(jnp.where(mirrored, latent[:, 1], latent[:, 0]), 2, axis=-1)  # [B, h, w, 4] each
-    return latent_scale * (mean + std * jax.random.normal(jax.random.fold_in(key, 1), mean.shape)), None
+    try:
+        picture = Image.open(path)
+        keeps_palette = mode == "L" and picture.mode == "P"
+        pixels = np.asarray(picture if keeps_palette else picture.convert(mode))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{option}: {path!r} should be a picture ({one_line(error)})") from error
+    has_8_bits = not picture.mode.startswith(("I", "F"))
+    require(has_8_bits, option, path, f"of 8 bits a channel, unlike its {picture.mode!r}")
+    return pixels.reshape(*pixels.shape[:2], -1)
 
 
 def centre_crop(image: np.ndarray, size: int, labels: bool = False) -> np.ndarray:
-    """The largest centred square of uint8 `[H, W, C]`, antialiased to `[size, size, C]`: halved by boxes, then bicubic.
+    """The largest centred square of uint8 `[H, W, C]`, resized to `[size, size, C]`.
 
-    With `labels`, as a mask holds them, the same places are cut out but no two values are mixed.
+    Antialiased as the authors' crop: halved by boxes while it can be, then bicubic. With `labels`,
+    as a mask holds them, the same places are cut out but no two values are mixed.
     """
     if image.shape[:2] == (size, size):
         return image
@@ -48,72 +57,83 @@ def centre_crop(image: np.ndarray, size: int, labels: bool = False) -> np.ndarra
     width, height = picture.size
     while min(width, height) >= 2 * size:
         width, height = width // 2, height // 2
-        picture = picture if labels else picture.resize((width, height), Image.Resampling.BOX)
-    scale, kernel = size / min(width, height), Image.Resampling.NEAREST if labels else Image.Resampling.BICUBIC
+        if not labels:
+            picture = picture.resize((width, height), Image.Resampling.BOX)
+    scale = size / min(width, height)
+    kernel = Image.Resampling.NEAREST if labels else Image.Resampling.BICUBIC
     picture = picture.resize((round(width * scale), round(height * scale)), kernel)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     return np.asarray(picture.crop((left, top, left + size, top + size))).reshape(size, size, -1)
 
 
 def save_grid(path: str | Path, images: np.ndarray, row_names: list[str]) -> None:
-    """Writes uint8 images `[rows * columns, H, W, C]` as a PNG, one row a name; small images are enlarged to be seen."""
+    """Writes uint8 images `[rows * columns, H, W, C]` as a PNG, each row behind its name.
+
+    Images of fewer than 64 pixels are enlarged.
+    """
     N, H, W, C = images.shape
     rows, columns = len(row_names), N // len(row_names)
-    zoom = max(1, 64 // H)
-    gap = 2
-    tiles = images.reshape(rows, columns, H, W, C).repeat(zoom, axis=2).repeat(zoom, axis=3)
-    font = ImageFont.load_default(size=max(12, min(H * zoom // 3, 24)))
+    zoom, gap = max(1, 64 // H), 2
+    height, width = H * zoom, W * zoom
+    images = np.broadcast_to(
+        images.repeat(zoom, axis=1).repeat(zoom, axis=2), (N, height, width, 3)
+    )
+    font = ImageFont.load_default(size=max(12, min(height // 3, 24)))
     margin = 12 + max(int(font.getlength(name)) for name in row_names)
-    sheet = Image.new("RGB", (margin + columns * (W * zoom + gap), rows * (H * zoom + gap) + gap), "white")
+    size = (margin + columns * (width + gap), rows * (height + gap) + gap)
+    sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
-    for r, name in enumerate(row_names):
-        top = gap + r * (H * zoom + gap)
-        pen.text((6, top + H * zoom // 2), name, fill="black", font=font, anchor="lm")
-        for c in range(columns):
-            tile = np.broadcast_to(tiles[r, c], (H * zoom, W * zoom, 3))
-            sheet.paste(Image.fromarray(np.ascontiguousarray(tile)), (margin + c * (W * zoom + gap), top))
+    for row, name in enumerate(row_names):
+        top = gap + row * (height + gap)
+        pen.text((6, top + height // 2), name, fill="black", font=font, anchor="lm")
+        for column in range(columns):
+            tile = Image.fromarray(np.ascontiguousarray(images[row * columns + column]))
+            sheet.paste(tile, (margin + column * (width + gap), top))
     sheet.save(path)
 
 
+# .npz files too large for memory
+
+
 def write_npz(path: Path, parts: list[Path], labels: np.ndarray) -> None:
-    """Writes .npy files of uint8 images, one after the other, as `arr_0` of an .npz, and the labels as `arr_1`; whole or not at all."""
-    unfinished = path.with_name(path.name + ".tmp")
-    first = np.load(parts[0], mmap_mode="r")
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *first.shape[1:])}
-    with zipfile.ZipFile(unfinished, "w") as file:
+    """Writes .npy files of uint8 images as `arr_0` of an .npz, and the labels as `arr_1`."""
+    shape = (len(labels), *np.load(parts[0], mmap_mode="r").shape[1:])
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with whole(path) as unfinished, zipfile.ZipFile(unfinished, "w") as file:
         with file.open("arr_0.npy", "w", force_zip64=True) as array:
             np.lib.format.write_array_header_1_0(array, header)
             for part in parts:
                 array.write(np.load(part).tobytes())
         with file.open("arr_1.npy", "w") as array:
             np.lib.format.write_array(array, labels)
-    unfinished.rename(path)
 
 
 def open_npz(path: Path) -> tuple[tuple[int, ...], Iterator[np.ndarray]]:
-    """The shape of `arr_0`, uint8 images `[N, H, W, C]`, and an iterator over it by the 64 images. Raises InputError."""
+    """The shape of `arr_0`, uint8 images `[N, H, W, C]`, and batches of them. Raises InputError."""
     try:
-        with zipfile.ZipFile(path).open("arr_0.npy") as array:
+        with zipfile.ZipFile(path) as file, file.open("arr_0.npy") as array:
             np.lib.format.read_magic(array)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(array)
-            header = array.tell()
-        stored = zipfile.ZipFile(path).getinfo("arr_0.npy").file_size - header
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(array)
+            num_bytes = file.getinfo("arr_0.npy").file_size - array.tell()
     except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: should be an .npz with `arr_0`, uint8 images [N, H, W, C] ({one_line(error)})") from error
-    right = dtype == np.uint8 and not fortran and len(shape) == 4 and shape[-1] in (1, 3) and 0 < np.prod(shape) == stored
-    require(right, f"{path}: arr_0", f"{dtype} {list(shape)}", "uint8 images [N, H, W, 1 or 3]")
+        raise InputError(
+            f"{path}: should be an .npz with `arr_0`, uint8 images [N, H, W, C] ({one_line(error)})"
+        ) from error
+    are_images = dtype == np.uint8 and len(shape) == 4 and shape[-1] in (1, 3)
+    are_whole = not fortran_order and 0 < np.prod(shape) == num_bytes
+    found = f"{dtype} {list(shape)}"
+    require(are_images and are_whole, f"{path}: arr_0", found, "uint8 images [N, H, W, 1 or 3]")
+    return shape, _read_npz(path, shape)
 
-    def batches() -> Iterator[np.ndarray]:
-        size = int(np.prod(shape[1:]))
-        with zipfile.ZipFile(path).open("arr_0.npy") as array:
-            np.lib.format.read_magic(array)
-            np.lib.format.read_array_header_1_0(array)
-            for first in range(0, shape[0], 64):
-                rows = min(64, shape[0] - first)
-                try:
-                    images = array.read(rows * size)
-                except (zipfile.BadZipFile, zlib.error) as error:
-                    raise InputError(f"{path}: arr_0 is damaged ({one_line(error)}); it should be written again") from error
-                yield np.frombuffer(images, np.uint8).reshape(rows, *shape[1:])
 
-    return shape, batches()
+def _read_npz(path: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    with zipfile.ZipFile(path) as file, file.open("arr_0.npy") as array:
+        np.lib.format.read_magic(array)
+        np.lib.format.read_array_header_1_0(array)
+        for first in range(0, shape[0], BATCH):
+            rows = min(BATCH, shape[0] - first)
+            try:
+                pixels = array.read(rows * int(np.prod(shape[1:])))
+            except (zipfile.BadZipFile, zlib.error) as error:
+                raise InputError(f"{path}: arr_0 is damaged ({one_line(error)})") from error
+            yield np.frombuffer(pixels, np.uint8).reshape(rows, *shape[1:])

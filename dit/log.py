@@ -1,163 +1,281 @@
-"""What a run says: a progress bar, `metrics.jsonl`, TensorBoard, Weights & Biases on request, `loss.png`. Process 0 only."""
+"""What a run reports: progress, `metrics.jsonl`, TensorBoard, Weights & Biases, `loss.png`.
 
+Only process 0 writes. Metrics are fetched one step late, so that the device always has a step to
+work on, and are checked then: a loss that is not finite stops the run.
+"""
+
+import contextlib
 import dataclasses
 import json
+import math
 import sys
 import time
 import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
-from PIL import Image
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from dit.config import Config
+from dit.config import Config, Diverged
 from dit.images import save_grid
 
-# Dense bfloat16 peak of a chip in FLOP/s, by the vendors' data sheets; the key is part of jax's device_kind
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12,
-              "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12}
+# Dense bfloat16 peak in FLOP/s, from the vendors' data sheets. The key is a part of device_kind.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+Metrics = dict[str, float]
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """The chip's peak in FLOP/s, where it is known."""
+    """The chip's peak in FLOP/s, if it is known."""
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
 
 
+def say(text: str) -> None:
+    """Prints a line on process 0, above a progress bar if there is one."""
+    if jax.process_index() == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
 class Progress:
-    """A bar on a terminal; elsewhere a plain line, at most every five seconds. Process 0 only."""
+    """A bar on a terminal, and elsewhere a line at most every five seconds. Process 0 only."""
 
-    def __init__(self, total: int, unit: str, done: int = 0):
-        self.bar = tqdm(total=total, initial=done, unit=f" {unit}", dynamic_ncols=True, disable=not sys.stderr.isatty())
-        self.total, self.unit, self.done, self.before, self.began = total, unit, done, done, time.monotonic()
-        self.told = self.began
-
-    def advance(self, count: int) -> None:
-        self.bar.update(count)
-        self.done += count
-        if self.bar.disable and jax.process_index() == 0 and time.monotonic() - self.told > 5:
-            self.told = time.monotonic()
-            print(f"{self.done:,}/{self.total:,} {self.unit}, {self.rate:,.1f} {self.unit}/s", file=sys.stderr, flush=True)
+    def __init__(self, total: int, unit: str, done: int = 0, file: IO[str] | None = None):
+        self.total = total
+        self.unit = unit
+        self.first = done
+        self.done = done
+        self.file = file or sys.stderr
+        self.started = time.monotonic()
+        self.printed = -math.inf
+        is_hidden = not sys.stderr.isatty() or jax.process_index() != 0
+        self.bar = tqdm(
+            total=total, initial=done, unit=f" {unit}", dynamic_ncols=True, disable=is_hidden
+        )
 
     @property
     def rate(self) -> float:
-        """Units a second since the beginning."""
-        return (self.done - self.before) / (time.monotonic() - self.began)
+        """Units a second, since the start."""
+        return (self.done - self.first) / (time.monotonic() - self.started)
 
-    def over(self, items):
+    def advance(self, count: int, note: str | None = None) -> None:
+        """Counts `count` more units; `note` stands behind the count in place of the rate."""
+        self.done += count
+        self.bar.update(count)
+        if note is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+        is_due = time.monotonic() - self.printed > 5 or self.done >= self.total
+        if self.bar.disable and is_due and jax.process_index() == 0:
+            self.printed = time.monotonic()
+            words = f"{self.rate:,.1f} {self.unit}s/s" if note is None else note
+            print(f"{self.unit} {self.done}/{self.total}  {words}", file=self.file, flush=True)
+
+    def over(self, items: Iterable) -> Iterator:
         """The items, each counted as it goes by."""
         for item in items:
             self.advance(1)
             yield item
 
+    def close(self) -> None:
+        self.bar.close()
 
-class Meter:
-    """Images/s, TFLOP/s and MFU since the last reading, without the time that `skip` takes out."""
+
+class Clock:
+    """Images/s, TFLOP/s and MFU of the time between `start` and `stop`, since the last reading."""
 
     def __init__(self, flops_per_image: float):
         self.flops_per_image = flops_per_image
         self.peak = peak_flops(jax.devices()[0].device_kind)
-        self.reset()
+        self.seconds = 0.0
+        self.images = 0
+        self.start()
 
-    def reset(self) -> None:
-        self.started, self.images = time.perf_counter(), 0
+    def start(self) -> None:
+        self.started = time.perf_counter()
 
-    def skip(self, seconds: float) -> None:
-        """Takes time that was not training out of the reading."""
-        self.started += seconds
+    def stop(self) -> None:
+        self.seconds += time.perf_counter() - self.started
 
-    def read(self) -> dict[str, float]:
-        rate = self.images / (time.perf_counter() - self.started)
-        flops = rate * self.flops_per_image
-        self.reset()
-        reading = {"images_per_second": rate, "tflops_per_second": flops / 1e12}
-        return reading | ({"mfu": flops / (self.peak * jax.device_count())} if self.peak else {})
+    def read(self) -> Metrics:
+        """To be called while it is stopped."""
+        images_per_second = self.images / self.seconds
+        flops_per_second = images_per_second * self.flops_per_image
+        self.seconds = 0.0
+        self.images = 0
+        reading = {
+            "images_per_second": images_per_second,
+            "tflops_per_second": flops_per_second / 1e12,
+        }
+        if self.peak:
+            reading["mfu"] = flops_per_second / (self.peak * jax.device_count())
+        return reading
 
 
 class Log:
-    """Writes metrics where they are wanted; silent on every process but the first."""
+    """The metrics of a run, from step `start` on: fetched, checked, averaged and written."""
+
+    def __init__(self, config: Config, start: int, flops_per_image: float):
+        self.config = config
+        self.workdir = config.workdir
+        self.clock = Clock(flops_per_image)
+        self.progress = Progress(config.train.steps, "step", start, sys.stdout)
+        self.rates = ""
+        self.pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self.fetched: list[Metrics] = []
+        self.writers = Writers(config, start) if jax.process_index() == 0 else None
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.progress.close()
+        if self.writers:
+            self.writers.close()
+
+    def record(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Keeps a step's metrics, which may still be computed, and fetches those before it."""
+        self.fetch()
+        self.pending.append((step, metrics))
+        self.clock.images += self.config.train.batch_size
+
+    def fetch(self) -> None:
+        """Waits for the pending metrics. Raises Diverged if they are not finite."""
+        for step, metrics in self.pending:
+            values = {name: float(value) for name, value in metrics.items()}
+            loss, grad_norm = values["loss"], values["grad_norm"]
+            if not math.isfinite(loss) or not math.isfinite(grad_norm):
+                raise Diverged(
+                    f"loss: {loss} with gradient norm {grad_norm} at step {step} should be finite; "
+                    f"the checkpoints in {str(self.workdir / 'checkpoints')!r} are from before it; "
+                    "begin again under another --name with a lower optim.learning_rate, or with "
+                    "optim.grad_clip"
+                )
+            self.fetched.append(values)
+            self.progress.advance(1, f"loss {loss:.4f}  {self.rates}".rstrip())
+        self.pending.clear()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Waits for the pending metrics, and leaves the time of what follows out of the rates."""
+        self.fetch()
+        self.clock.stop()
+        yield
+        self.clock.start()
+
+    def write(self, step: int, scores: Metrics) -> None:
+        """Writes the means of the metrics since the last call, the rates, and more scores."""
+        means = {
+            name: float(np.mean([values[name] for values in self.fetched]))
+            for name in self.fetched[0]
+        }
+        self.fetched.clear()
+        reading = self.clock.read()
+        images, tflops = reading["images_per_second"], reading["tflops_per_second"]
+        self.rates = f"{images:,.0f} images/s  {tflops:.3g} TFLOP/s"
+        if "mfu" in reading:
+            self.rates += f"  MFU {reading['mfu']:.1%}"
+        if self.writers:
+            self.writers.metrics(step, means | reading | scores)
+
+    def grid(self, step: int, images: np.ndarray, row_names: list[str]) -> None:
+        """Writes a sample grid of uint8 `[rows * columns, H, W, C]` to `samples/`."""
+        if self.writers:
+            self.writers.grid(step, images, row_names)
+
+
+class Writers:
+    """The files of process 0: JSON lines, TensorBoard and, on request, Weights & Biases."""
 
     def __init__(self, config: Config, start: int):
-        self.speaks = jax.process_index() == 0
-        self.workdir, self.total, self.told, self.rates = config.workdir, config.train.steps, 0.0, ""
-        self.wandb = None
-        if not self.speaks:
-            return
-        drop_lines_after(self.workdir / "metrics.jsonl", start)
+        from tensorboardX import SummaryWriter
+
+        self.workdir = config.workdir
+        drop_metrics_after(self.workdir / "metrics.jsonl", start)
         self.jsonl = (self.workdir / "metrics.jsonl").open("a", buffering=1)
         self.board = SummaryWriter(str(self.workdir), purge_step=start + 1)
-        self.bar = tqdm(total=self.total, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
-        if config.train.wandb:
-            import wandb
+        self.wandb = start_wandb(config) if config.train.wandb else None
 
-            self.wandb_image = wandb.Image
-            identity = f"{config.name}-{zlib.crc32(str(self.workdir.resolve()).encode()):08x}"  # the same when the run is resumed
-            self.wandb = wandb.init(project="dit", name=config.name, id=identity, resume="allow", dir=str(self.workdir),
-                                    config=dataclasses.asdict(config))
-
-    def step(self, step: int, loss: float) -> None:
-        """Moves the bar."""
-        if self.speaks:
-            self.bar.update(step - self.bar.n)
-            self.bar.set_postfix_str(f"loss {loss:.4f}  {self.rates}", refresh=False)
-
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Records a line of metrics, and prints it where there is no terminal for a bar, at most every five seconds."""
-        if not self.speaks:
-            return
+    def metrics(self, step: int, values: Metrics) -> None:
         self.jsonl.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log(values, step=step)
-        self.rates = (f"{values['images_per_second']:,.0f} images/s  {values['tflops_per_second']:.3g} TFLOP/s"
-                      + (f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""))
-        if self.bar.disable and (step == self.total or time.monotonic() - self.told > 5):
-            self.told = time.monotonic()
-            print(f"step {step}/{self.total}  loss {values['loss']:.4f}  {self.rates}", flush=True)
 
     def grid(self, step: int, images: np.ndarray, row_names: list[str]) -> None:
-        """Writes a sample grid to `samples/` and to the boards."""
-        if not self.speaks:
-            return
+        from PIL import Image
+
         path = self.workdir / "samples" / f"{step:07d}.png"
         save_grid(path, images, row_names)
-        self.board.add_image("samples", np.asarray(Image.open(path)), step, dataformats="HWC")
+        sheet = Image.open(path)
+        self.board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
         if self.wandb:
-            self.wandb.log({"samples": self.wandb_image(str(path))}, step=step)
+            import wandb
 
-    def say(self, text: str) -> None:
-        if self.speaks:
-            tqdm.write(text)  # above the bar, where there is one
-            sys.stdout.flush()
+            self.wandb.log({"samples": wandb.Image(sheet)}, step=step)
 
     def close(self) -> None:
-        if self.speaks:
-            self.bar.close()
-            self.board.close()
-            self.jsonl.close()
-            plot_loss(self.workdir)
-            if self.wandb:
-                self.wandb.finish()
+        self.board.close()
+        self.jsonl.close()
+        plot_loss(self.workdir)
+        if self.wandb:
+            self.wandb.finish()
 
 
-def drop_lines_after(path: Path, step: int) -> None:
-    """Forgets the metrics of steps that a killed run had taken past its last checkpoint."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in lines))
+def start_wandb(config: Config) -> Any:
+    """A Weights & Biases run whose id is the same when the workdir is resumed."""
+    import wandb
+
+    checksum = zlib.crc32(str(config.workdir.resolve()).encode())
+    return wandb.init(
+        project="dit",
+        name=config.name,
+        id=f"{config.name}-{checksum:08x}",
+        resume="allow",
+        dir=str(config.workdir),
+        config=dataclasses.asdict(config),
+    )
+
+
+def drop_metrics_after(path: Path, step: int) -> None:
+    """Drops metrics logged after `step`: a resumed run will log them again."""
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+    path.write_text("".join(kept))
 
 
 def plot_loss(workdir: Path) -> None:
     """`loss.png` from `metrics.jsonl`: the loss and its two parts against the step."""
+    from matplotlib.figure import Figure
+
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, label in {"loss": "loss", "mse": "squared error of the noise", "vb": "variational term (bits)"}.items():
-        axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=label, linewidth=1)
+    labels = {
+        "loss": "loss",
+        "mse": "squared error of the noise",
+        "vb": "variational term (bits)",
+    }
+    steps = [row["step"] for row in rows]
+    for name, label in labels.items():
+        axes.plot(steps, [row[name] for row in rows], label=label, linewidth=1)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -1,20 +1,23 @@
-"""Conditional normalisation: a norm removes a feature's statistics, and a condition puts others in their place.
+"""Conditional normalisation: a norm removes a feature's statistics, a condition sets new ones.
 
-    (1) norm(x) = (x - mean(x)) / sqrt(var(x) + eps)             what the mean is taken over names the norm
-    (2) AdaIN(x, s) = std(s) norm(x) + mean(s)                   Huang & Belongie, arXiv 1703.06868, Eq. 8
-    (3) FiLM(x, c) = (1 + gamma(c)) x + beta(c)                  Perez et al., arXiv 1709.07871, Eq. 2
-    (4) conditional batch norm = FiLM(norm(x), c)                De Vries et al., arXiv 1707.00683, section 3
-    (5) SPADE(x, m) = (1 + gamma(m)) norm(x) + beta(m),          Park et al., arXiv 1903.07291, Eq. 1
-            gamma and beta maps that a small convolutional network makes of the mask m
-    (6) adaLN: x + f(modulate(x)), modulate(x) = (1 + scale(c)) norm(x) + shift(c)        Peebles & Xie, arXiv 2212.09748, section 3.2
-    (7) adaLN-Zero: x + gate(c) f(modulate(x)), where shift, scale and gate start at zero
+(1) norm(x) = (x - mean(x)) / sqrt(var(x) + eps); the norm's name says what the mean is taken over
+(2) AdaIN(x, s) = std(s) norm(x) + mean(s)               Huang & Belongie, arXiv 1703.06868, Eq. 8
+(3) FiLM(x, c) = (1 + gamma(c)) x + beta(c)              Perez et al., arXiv 1709.07871, Eq. 2
+(4) conditional batch norm = FiLM(norm(x), c)            De Vries et al., arXiv 1707.00683, sec. 3
+(5) SPADE(x, m) = (1 + gamma(m)) norm(x) + beta(m)       Park et al., arXiv 1903.07291, Eq. 1
+        gamma and beta are maps that a small convolutional network makes of the mask m
+(6) adaLN: x + f(modulate(x)), modulate(x) = (1 + scale(c)) norm(x) + shift(c)
+                                                         Peebles & Xie, arXiv 2212.09748, sec. 3.2
+(7) adaLN-Zero: x + gate(c) f(modulate(x)), where shift, scale and gate start at zero
 
-The papers' gamma is 1 + gamma here. In (3) and (4), gamma and beta are linear in c; in (6) and (7), shift, scale and gate are linear in
-silu(c). They start at zero, but for (6), where they start as those of any linear layer: at initialisation (3), (4) and (5) are the norm
-without the condition, and (7) is the identity.
+The papers' gamma is 1 + gamma here. In (3) and (4) gamma and beta are linear in c; in (6) and (7)
+shift, scale and gate are linear in silu(c). All start at zero, except in (6), which starts like any
+linear layer. So at initialisation (3), (4) and (5) are the norm alone, and (7) is the identity.
 
-B batch, H, W height and width, T tokens, C or D channels, E width of a condition, K classes of a mask.
+B batch, H, W height and width, T tokens, C or D channels, E width of a condition, K mask classes.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +25,11 @@ from flax import nnx
 
 xavier = nnx.initializers.xavier_uniform()
 zero_init = nnx.initializers.zeros
-BATCH = (0, 1, 2)  # what batch norm takes its statistics over
+
+Layer = Callable[[jax.Array], jax.Array]
 
 
-# Norms without parameters, (1)
+# (1), norms without parameters
 
 
 def normalise(x: jax.Array, axes: tuple[int, ...], epsilon: float) -> jax.Array:
@@ -45,48 +49,79 @@ def instance_norm(x: jax.Array) -> jax.Array:
     return normalise(x, (1, 2), 1e-5)
 
 
-# Style by statistics
+# (2), a style image in place of parameters
 
 
 class AdaIN(nnx.Module):
-    """(2), without parameters: x `[B, H, W, C]` with the channel means and deviations of style `[B or 1, h, w, C]`.
+    """(2), without parameters: x `[B, H, W, C]` and style `[B or 1, h, w, C]` to x's shape.
 
-    0 < strength < 1 goes only part of the way. Exact, up to rounding: no epsilon is added, and a channel of x that is constant becomes the
-    style's mean.
+    The result has the style's channel means and deviations, up to rounding: no epsilon is added,
+    and a constant channel of x becomes the style's mean. A strength below 1 goes part of the way.
     """
 
     def __init__(self, strength: float = 1.0):
         self.strength = strength
 
     def __call__(self, x: jax.Array, style: jax.Array) -> jax.Array:
-        axes = dict(axis=(1, 2), keepdims=True)
-        varies = x.max(**axes) > x.min(**axes)
-        normal = jnp.where(varies, (x - x.mean(**axes)) * jax.lax.rsqrt(jnp.where(varies, x.var(**axes), 1)), 0)
-        styled = style.std(**axes) * normal + style.mean(**axes)
+        places = dict(axis=(1, 2), keepdims=True)
+        varies = x.max(**places) > x.min(**places)
+        variance = jnp.where(varies, x.var(**places), 1.0)
+        centred = (x - x.mean(**places)) * jax.lax.rsqrt(variance)
+        normal = jnp.where(varies, centred, 0.0)
+        styled = style.std(**places) * normal + style.mean(**places)
         return (1 - self.strength) * x + self.strength * styled
 
 
-# A condition in place of fixed parameters
+# (3) to (7), a condition in place of parameters
 
 
 class Modulation(nnx.Module):
-    """The linear layer of (3), (4), (6) and (7): c `[..., E]` to `num_vectors` arrays `[..., C]`."""
+    """The linear layer of (3), (4), (6), (7): c `[..., E]` to `num_vectors` arrays `[..., C]`."""
 
-    def __init__(self, condition_size: int, num_vectors: int, features: int | None = None, *, kernel_init=zero_init, dtype=jnp.float32,
-                 rngs: nnx.Rngs):
+    def __init__(
+        self,
+        condition_size: int,
+        num_vectors: int,
+        features: int | None = None,
+        *,
+        kernel_init=zero_init,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         self.num_vectors = num_vectors
         outputs = num_vectors * (features or condition_size)
-        self.linear = nnx.Linear(condition_size, outputs, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
+        self.linear = nnx.Linear(
+            condition_size, outputs, kernel_init=kernel_init, dtype=dtype, rngs=rngs
+        )
 
-    def __call__(self, c: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(jnp.split(self.linear(c), self.num_vectors, axis=-1))
+    def __call__(self, c: jax.Array) -> list[jax.Array]:
+        return jnp.split(self.linear(c), self.num_vectors, axis=-1)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """(6)'s modulate of x `[B, T, D]`, computed in float32, in x's type.
+
+    shift and scale are `[B, 1, D]`, or `[B, T, D]` where they vary in space.
+    """
+    shift, scale = shift.astype(jnp.float32), scale.astype(jnp.float32)
+    return (layer_norm(x) * (1 + scale) + shift).astype(x.dtype)
 
 
 class FiLM(nnx.Module):
-    """(3), behind any norm or none: x `[B, H, W, C]` and c `[B, E]` to x's shape."""
+    """(3) behind a norm, or behind none: x `[B, H, W, C]` and c `[B, E]` to x's shape."""
 
-    def __init__(self, condition_size: int, features: int, norm=lambda x: x, *, kernel_init=zero_init, rngs: nnx.Rngs):
-        self.modulation = Modulation(condition_size, 2, features, kernel_init=kernel_init, rngs=rngs)
+    def __init__(
+        self,
+        condition_size: int,
+        features: int,
+        norm: Layer = lambda x: x,
+        *,
+        kernel_init=zero_init,
+        rngs: nnx.Rngs,
+    ):
+        self.modulation = Modulation(
+            condition_size, 2, features, kernel_init=kernel_init, rngs=rngs
+        )
         self.norm = norm
 
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
@@ -95,71 +130,87 @@ class FiLM(nnx.Module):
 
 
 class ConditionalBatchNorm(nnx.Module):
-    """(4): x `[B, H, W, C]` and c `[B, E]`, such as the embedding of a class that all layers share.
+    """(4): x `[B, H, W, C]` and c `[B, E]`, such as a class embedding that all layers share.
 
-    `norm(x, c)` uses the running statistics; `norm.train(x, c)` those of the batch, and returns the norm whose statistics it moved as well.
+    `norm(x, c)` uses the running statistics. `norm.train(x, c)` uses those of the batch, and also
+    returns a norm with updated running statistics.
     """
 
-    def __init__(self, condition_size: int, features: int, *, momentum: float = 0.9, kernel_init=zero_init, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        condition_size: int,
+        features: int,
+        *,
+        momentum: float = 0.9,
+        kernel_init=zero_init,
+        rngs: nnx.Rngs,
+    ):
         self.film = FiLM(condition_size, features, kernel_init=kernel_init, rngs=rngs)
         self.momentum = momentum
-        self.mean, self.variance = nnx.BatchStat(jnp.zeros((1, 1, 1, features))), nnx.BatchStat(jnp.ones((1, 1, 1, features)))
+        self.mean = nnx.BatchStat(jnp.zeros((1, 1, 1, features)))
+        self.variance = nnx.BatchStat(jnp.ones((1, 1, 1, features)))
 
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
-        return self.film((x - self.mean[...]) * jax.lax.rsqrt(self.variance[...] + 1e-5), c)
+        normal = (x - self.mean[...]) * jax.lax.rsqrt(self.variance[...] + 1e-5)
+        return self.film(normal, c)
 
     def train(self, x: jax.Array, c: jax.Array) -> tuple[jax.Array, "ConditionalBatchNorm"]:
-        moved = jax.tree.map(lambda leaf: leaf, self)  # a copy, so that the norm itself stays as it is
-        for running, batch in ((moved.mean, x.mean(axis=BATCH, keepdims=True)), (moved.variance, x.var(axis=BATCH, keepdims=True))):
-            running[...] = self.momentum * running[...] + (1 - self.momentum) * jax.lax.stop_gradient(batch)
-        return self.film(normalise(x, BATCH, 1e-5), c), moved
+        batch = (0, 1, 2)
+        updated = jax.tree.map(lambda leaf: leaf, self)  # a copy: the norm itself stays as it is
+        updated.mean[...] = self._moved(self.mean, x.mean(axis=batch, keepdims=True))
+        updated.variance[...] = self._moved(self.variance, x.var(axis=batch, keepdims=True))
+        return self.film(normalise(x, batch, 1e-5), c), updated
+
+    def _moved(self, running: nnx.BatchStat, batch: jax.Array) -> jax.Array:
+        return self.momentum * running[...] + (1 - self.momentum) * jax.lax.stop_gradient(batch)
 
 
 class SPADE(nnx.Module):
-    """(5): x `[B, H, W, C]` and the one-hot mask `[B, h, w, K]`, resized to x, to x's shape. (The paper's norm is batch norm.)"""
+    """(5): x `[B, H, W, C]` and a one-hot mask `[B, h, w, K]`, resized to x, to x's shape.
 
-    def __init__(self, mask_classes: int, features: int, hidden_size: int = 64, norm=instance_norm, *, kernel_init=zero_init,
-                 rngs: nnx.Rngs):
-        self.shared = nnx.Conv(mask_classes, hidden_size, (3, 3), rngs=rngs)
-        self.gamma = nnx.Conv(hidden_size, features, (3, 3), kernel_init=kernel_init, rngs=rngs)
-        self.beta = nnx.Conv(hidden_size, features, (3, 3), kernel_init=kernel_init, rngs=rngs)
+    The paper's norm is batch norm.
+    """
+
+    def __init__(
+        self,
+        mask_classes: int,
+        features: int,
+        hidden_size: int = 64,
+        norm: Layer = instance_norm,
+        *,
+        kernel_init=zero_init,
+        rngs: nnx.Rngs,
+    ):
+        window = (3, 3)
+        self.shared = nnx.Conv(mask_classes, hidden_size, window, rngs=rngs)
+        self.gamma = nnx.Conv(hidden_size, features, window, kernel_init=kernel_init, rngs=rngs)
+        self.beta = nnx.Conv(hidden_size, features, window, kernel_init=kernel_init, rngs=rngs)
         self.norm = norm
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        mask = jax.image.resize(mask, (len(mask), *x.shape[1:3], mask.shape[-1]), "nearest")
-        hidden = nnx.relu(self.shared(mask))  # [B, H, W, hidden]
+        H, W = x.shape[1:3]
+        mask = jax.image.resize(mask, (len(mask), H, W, mask.shape[-1]), "nearest")
+        hidden = nnx.relu(self.shared(mask))  # [B, H, W, hidden_size]
         return (1 + self.gamma(hidden)) * self.norm(x) + self.beta(hidden)
 
 
-# Transformers
+class AdaLN(nnx.Module):
+    """(6): x `[B, T, D]` and c `[B, 1 or T, D]` through a residual branch."""
+
+    def __init__(self, hidden_size: int, *, kernel_init=xavier, rngs: nnx.Rngs):
+        self.modulation = Modulation(hidden_size, 2, kernel_init=kernel_init, rngs=rngs)
+
+    def __call__(self, x: jax.Array, c: jax.Array, branch: Layer) -> jax.Array:
+        shift, scale = self.modulation(nnx.silu(c))
+        return x + branch(modulate(x, shift, scale))
 
 
-def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """(6)'s modulate, in float32; shift and scale are `[B, 1, D]`, or `[B, T, D]` where they vary in space. Returns x's type."""
-    return (layer_norm(x) * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)).astype(x.dtype)
+class AdaLNZero(nnx.Module):
+    """(7): as (6), but a gate multiplies the branch, and everything starts at zero."""
 
+    def __init__(self, hidden_size: int, *, kernel_init=zero_init, rngs: nnx.Rngs):
+        self.modulation = Modulation(hidden_size, 3, kernel_init=kernel_init, rngs=rngs)
 
-class AdaLN(Modulation):
-    """(6): x `[B, T, D]` through residual branches, one after the other, under the condition c `[B, 1 or T, D]`."""
-
-    def __init__(self, hidden_size: int, num_branches: int = 1, *, kernel_init=xavier, dtype=jnp.float32, rngs: nnx.Rngs):
-        super().__init__(hidden_size, 2 * num_branches, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: jax.Array, c: jax.Array, *branches) -> jax.Array:
-        vectors = iter(super().__call__(nnx.silu(c)))
-        for branch, shift, scale in zip(branches, vectors, vectors):
-            x = x + branch(modulate(x, shift, scale))
-        return x
-
-
-class AdaLNZero(Modulation):
-    """(7): as (6), but each branch passes a gate, and all gates start shut."""
-
-    def __init__(self, hidden_size: int, num_branches: int = 1, *, kernel_init=zero_init, dtype=jnp.float32, rngs: nnx.Rngs):
-        super().__init__(hidden_size, 3 * num_branches, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: jax.Array, c: jax.Array, *branches) -> jax.Array:
-        vectors = iter(super().__call__(nnx.silu(c)))
-        for branch, shift, scale, gate in zip(branches, vectors, vectors, vectors):
-            x = x + gate * branch(modulate(x, shift, scale))
-        return x
+    def __call__(self, x: jax.Array, c: jax.Array, branch: Layer) -> jax.Array:
+        shift, scale, gate = self.modulation(nnx.silu(c))
+        return x + gate * branch(modulate(x, shift, scale))

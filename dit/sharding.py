@@ -1,38 +1,68 @@
-"""The mesh of devices, the rule that shards a tree over it, and the placement of batches.
+"""The mesh of devices, the rule that shards a tree over it, and work in equal parts.
 
-Two axes: `data` shares the batch, `fsdp` shares the batch and the parameters. No model knows of either.
+The mesh has two axes: `data` shares the batch, `fsdp` shares the batch and the parameters. No model
+knows of either.
 """
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dit import config as dit_config
-from dit.config import InputError, one_line, require
+from dit.config import Config, InputError, one_line, require
 
 SMALL = 2**14  # a tensor of fewer elements costs more to gather than to hold
 
 
-def make_mesh(config: dit_config.Mesh, batch_size: int, accumulate: int = 1, devices=None) -> jax.sharding.Mesh:
+# Devices
+
+
+def connect_hosts(distributed: bool, name: str) -> None:
+    """Joins the other hosts, where there are any. `name` is the option, for the InputError."""
+    if not distributed:
+        return
+    try:
+        jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{name}: True should be set on hosts that find each other: Cloud TPU, Slurm, "
+            f"Open MPI, Kubernetes ({one_line(error)})"
+        ) from error
+
+
+def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
     """The mesh over all devices. Raises InputError where devices or batch do not divide."""
     devices = jax.devices() if devices is None else devices
-    data = len(devices) // config.fsdp if config.data == -1 else config.data
-    require(data * config.fsdp == len(devices), "mesh.data and mesh.fsdp", (config.data, config.fsdp),
-            f"such that their product is the number of devices, {len(devices)}")
-    if batch_size % (len(devices) * accumulate):
-        raise InputError(f"train.batch_size: {batch_size} should be a multiple of the {len(devices)} devices"
-                         + f" times optim.accumulate = {accumulate}" * (accumulate > 1))
-    return jax.make_mesh((data, config.fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    fsdp, parts, batch_size = config.mesh.fsdp, config.optim.accumulate, config.train.batch_size
+    data = len(devices) // fsdp if config.mesh.data == -1 else config.mesh.data
+    require(
+        data * fsdp == len(devices),
+        "mesh.data and mesh.fsdp",
+        (config.mesh.data, fsdp),
+        f"such that their product is the number of devices, {len(devices)}",
+    )
+    multiple = f"a multiple of the {len(devices)} devices"
+    if parts > 1:
+        multiple += f" times optim.accumulate = {parts}"
+    require(batch_size % (len(devices) * parts) == 0, "train.batch_size", batch_size, multiple)
+    return _mesh(data, fsdp, devices)
 
 
-def connect(distributed: bool, name: str) -> None:
-    """Joins the other hosts, where there are any; `name` is the option that says so. Raises InputError."""
-    if distributed:
-        try:
-            jax.distributed.initialize()
-        except (ValueError, RuntimeError) as error:
-            raise InputError(f"{name}: True should be set on hosts that find each other: Cloud TPU, Slurm, Open MPI, Kubernetes "
-                             f"({one_line(error)})") from error
+def local_mesh() -> jax.sharding.Mesh:
+    """The mesh over this host's own devices."""
+    return _mesh(jax.local_device_count(), 1, jax.local_devices())
+
+
+def _mesh(data: int, fsdp: int, devices: list[jax.Device]) -> jax.sharding.Mesh:
+    axis_types = (AxisType.Auto,) * 2
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=axis_types, devices=devices)
+
+
+# Where arrays lie
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -40,13 +70,22 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def shardings(tree, mesh: jax.sharding.Mesh):
-    """The rule: over `fsdp`, the largest axis that it divides, never the layer axis of a stack; small tensors whole."""
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The leading axis over all devices."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """The rule: over `fsdp`, the largest axis that it divides, but never a stack's layer axis.
+
+    Small tensors stay whole on every device.
+    """
     fsdp = mesh.shape["fsdp"]
 
-    def rule(path, leaf):
-        stacked = "blocks" in jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        axes = [axis for axis in range(int(stacked), leaf.ndim) if leaf.shape[axis] % fsdp == 0]
+    def rule(path: tuple, leaf: Any) -> NamedSharding:
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        first_axis = 1 if "blocks" in names else 0
+        axes = [axis for axis in range(first_axis, leaf.ndim) if leaf.shape[axis] % fsdp == 0]
         spec = [None] * leaf.ndim
         if fsdp > 1 and leaf.size >= SMALL and axes:
             spec[max(axes, key=lambda axis: leaf.shape[axis])] = "fsdp"
@@ -55,27 +94,58 @@ def shardings(tree, mesh: jax.sharding.Mesh):
     return jax.tree_util.tree_map_with_path(rule, tree)
 
 
-def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """The leading axis over all devices."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-
-
 def place_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch as global arrays, spread over all devices."""
-    return {name: jax.make_array_from_process_local_data(batch_sharding(mesh), rows) for name, rows in batch.items()}
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+    }
 
 
-def split_parts(x, parts: int):
-    """Leaves `[B, ...]` to `[parts, B / parts, ...]`: part i takes rows i, i + parts, ..., so each device has its share of every part."""
-    return jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), x)
+def place_rows(tree: Any, rows: int, mesh: jax.sharding.Mesh) -> Any:
+    """Arrays `[N, ...]` spread over the mesh, the last row repeated up to `rows` or a little more.
+
+    The length is a multiple of the devices, and the same for every N up to `rows`: one compilation.
+    """
+    length = math.ceil(rows / mesh.devices.size) * mesh.devices.size
+
+    def pad(array: np.ndarray) -> np.ndarray:
+        return array[np.minimum(np.arange(length), len(array) - 1)]
+
+    return jax.device_put(jax.tree.map(pad, tree), batch_sharding(mesh))
 
 
-def parts_of(rows: int, at_once: int) -> int:
-    """The fewest equal parts of a number of rows that are at most `at_once` rows each, or one row."""
+# Work in equal parts, one after the other, to save memory
+
+
+def num_parts(rows: int, at_once: int) -> int:
+    """The fewest equal parts of `rows` that have at most `at_once` rows each, or one row."""
     return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= max(at_once, 1))
 
 
-def map_parts(f, x: jax.Array, parts: int) -> jax.Array:
-    """f over the rows of x `[B, ...]` in equal parts, one after the other, to save memory."""
+def split_parts(tree: Any, parts: int) -> Any:
+    """Leaves `[B, ...]` to `[parts, B / parts, ...]`.
+
+    Part i takes the rows i, i + parts, ..., so that each device has its share of every part.
+    """
+    return jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), tree)
+
+
+def map_parts(f: Callable[[jax.Array], jax.Array], x: jax.Array, parts: int) -> jax.Array:
+    """f over the rows of x `[B, ...]`, a part at a time."""
     y = jax.lax.map(f, split_parts(x, parts))  # [parts, B / parts, ...]
     return y.swapaxes(0, 1).reshape(-1, *y.shape[2:])
+
+
+def mean_over_parts(f: Callable[[Any], Any], batch: Any, parts: int) -> Any:
+    """The mean of f over the parts of a batch, whose leaves are `[B, ...]`."""
+    if parts == 1:
+        return f(batch)
+    batch = split_parts(batch, parts)  # [parts, B / parts, ...]
+    shapes = jax.eval_shape(f, jax.tree.map(lambda a: a[0], batch))
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, f(part)), None
+
+    total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), batch)
+    return jax.tree.map(lambda a: a / parts, total)

@@ -1,6 +1,8 @@
-"""What a run consists of: the step, the model, its average, the optimizer's memory; and how they are made from a config."""
+"""What a run consists of, and how it is made from a config."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from flax import nnx
 from dit.config import Config, Optim
 from dit.ddpm import DDPM
 from dit.model import DiT
-from dit.sharding import shardings, split_parts
+from dit.sharding import shardings
 
 
 @jax.tree_util.register_dataclass
@@ -22,71 +24,96 @@ class State:
     opt_state: optax.OptState
 
 
-def make_model(config: Config, key: jax.Array) -> DiT:
-    m = config.model
-    return DiT(input_size=config.input_shape[0], in_channels=config.input_shape[2], num_classes=config.data.num_classes,
-               patch_size=m.patch_size, hidden_size=m.hidden_size, depth=m.depth, num_heads=m.num_heads, mlp_ratio=m.mlp_ratio,
-               conditioning=m.conditioning, remat=m.remat, learn_sigma=config.objective.variance == "learned_range",
-               mask_classes=config.data.mask_classes,
-               dtype=jnp.dtype(config.train.dtype), rngs=nnx.Rngs(params=key))
-
-
 def run_keys(config: Config) -> tuple[jax.Array, jax.Array]:
     """The key of the initial parameters, and the key that each step folds its number into."""
-    return tuple(jax.random.split(jax.random.key(config.train.seed)))
+    init_key, step_key = jax.random.split(jax.random.key(config.train.seed))
+    return init_key, step_key
+
+
+def make_model(config: Config, key: jax.Array) -> DiT:
+    side, _, channels = config.input_shape
+    model = config.model
+    return DiT(
+        input_size=side,
+        patch_size=model.patch_size,
+        in_channels=channels,
+        hidden_size=model.hidden_size,
+        depth=model.depth,
+        num_heads=model.num_heads,
+        num_classes=config.data.num_classes,
+        mlp_ratio=model.mlp_ratio,
+        learn_sigma=config.objective.variance == "learned_range",
+        conditioning=model.conditioning,
+        mask_classes=config.data.mask_classes,
+        dtype=jnp.dtype(config.train.dtype),
+        remat=model.remat,
+        rngs=nnx.Rngs(params=key),
+    )
 
 
 def make_objective(config: Config) -> DDPM:
-    o = config.objective
-    return DDPM(o.num_steps, o.schedule, o.variance, o.min_snr_gamma)
+    objective = config.objective
+    return DDPM(
+        objective.num_steps, objective.schedule, objective.variance, objective.min_snr_gamma
+    )
 
 
 def learning_rate(config: Optim, steps: int) -> optax.Schedule:
-    """Linear warm-up to the peak, then constant, or a half cosine down to 0 at the last step."""
-    after = optax.constant_schedule(config.learning_rate)
+    """Linear warm-up to the peak, then constant, or a half cosine to 0 at the last step."""
+    peak, warmup_steps = config.learning_rate, config.warmup_steps
+    schedule = optax.constant_schedule(peak)
     if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(config.learning_rate, max(steps - config.warmup_steps, 1))
-    warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-    return optax.join_schedules([warmup, after], [config.warmup_steps]) if config.warmup_steps else after
+        schedule = optax.cosine_decay_schedule(peak, max(steps - warmup_steps, 1))
+    if warmup_steps:
+        warmup = optax.linear_schedule(0.0, peak, warmup_steps)
+        schedule = optax.join_schedules([warmup, schedule], [warmup_steps])
+    return schedule
 
 
-def make_optimizer(config: Optim, steps: int) -> optax.GradientTransformation:
-    """AdamW, behind a clip of the global norm where one is asked for."""
-    adamw = optax.adamw(learning_rate(config, steps), b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay)
-    return adamw if config.grad_clip is None else optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw)
+def make_optimizer(config: Optim, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW, after a clip of the global norm where there is one."""
+    adamw = optax.adamw(
+        schedule, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay
+    )
+    if config.grad_clip is None:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw)
 
 
 def update_ema(ema: DiT, model: DiT, step: jax.Array, decay: float) -> DiT:
-    """ema d + model (1 - d), where d = min(decay, (1 + step) / (10 + step)): early on, the average follows the model."""
+    """ema d + model (1 - d), where d = min(decay, (1 + step) / (10 + step)).
+
+    So early on the average follows the model closely.
+    """
     decay = jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda average, new: average + (1 - decay) * (new - average), ema, model)
 
 
-def mean_over_parts(f, batch, parts: int):
-    """f's mean over `parts` equal parts of a batch, computed one after the other; leaves of the batch are `[B, ...]`."""
-    if parts == 1:
-        return f(batch)
-    batch = split_parts(batch, parts)  # [parts, B / parts, ...]
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(f, jax.tree.map(lambda a: a[0], batch)))
-    total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, f(part)), None), zeros, batch)
-    return jax.tree.map(lambda a: a / parts, total)
+def make_init(config: Config) -> Callable[[], State]:
+    """The function that makes the state of step 0."""
+    optimizer = make_optimizer(config.optim, learning_rate(config.optim, config.train.steps))
 
-
-def make_init(config: Config):
-    """The function () -> State of step 0."""
     def init() -> State:
-        model = make_model(config, run_keys(config)[0])
+        init_key, _ = run_keys(config)
+        model = make_model(config, init_key)
         ema = jax.tree.map(jnp.copy, model)
-        return State(jnp.int32(0), model, ema, make_optimizer(config.optim, config.train.steps).init(model))
+        return State(jnp.int32(0), model, ema, optimizer.init(model))
 
     return init
 
 
 def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> State:
-    """Shapes, types and shardings of the state, nothing computed: the target of a restore."""
+    """Shapes, types and shardings of the state, without its arrays."""
     shapes = jax.eval_shape(make_init(config))
-    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-                        shapes, shardings(shapes, mesh))
+    return with_shardings(shapes, shardings(shapes, mesh))
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
 
 
 def make_state(config: Config, mesh: jax.sharding.Mesh) -> State:

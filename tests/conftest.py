@@ -1,28 +1,38 @@
-"""Eight fake CPU devices, no silent rank promotion, and the small things that many tests share."""
+"""Eight fake CPU devices, no silent rank promotion, and what many tests share."""
 
-import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# many tests compile the same small step: compile it once, for the workers and the commands that tests start as well
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".pytest_cache/xla"))
+# many tests compile the same small step: the cache is shared by the workers and their commands
+CACHE = Path(__file__).resolve().parent.parent / ".pytest_cache" / "xla"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling takes most of the time, and is over twice as fast
+# compiling takes most of the time, and less than half of it without optimisations
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from dit.config import Config, Data, Model, Objective, Optim, Train
+import sample
+import train
+from dit import cli
+from dit.config import Config, Data, Model, Objective, Optim, Train, replace
+from dit.imagenet.tensors import torch_layout, write_tensors
+from dit.imagenet.vae import VAE
 from dit.model import DiT
-from dit.vae import VAE
-from dit.weights import torch_layout, write_tensors
+from dit.state import make_objective
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+TINY = """digits --model.hidden-size 20 --model.depth 2 --model.num-heads 5 --train.batch-size 16
+    --train.log-every 1 --train.sample-every 0 --train.sample-steps 3 --objective.num-steps 101
+    --optim.schedule constant""".split()
 
 
 def pytest_collection_modifyitems(items):
@@ -30,23 +40,46 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "test_notebooks" not in item.nodeid)
 
 
+# Small models and configs
+
+
 def tiny_model(dtype=jnp.float32, seed=0, **options) -> DiT:
-    sizes = dict(input_size=6, patch_size=3, in_channels=2, hidden_size=20, depth=3, num_heads=5, num_classes=7)
+    sizes = dict(
+        input_size=6,
+        patch_size=3,
+        in_channels=2,
+        hidden_size=20,
+        depth=3,
+        num_heads=5,
+        num_classes=7,
+    )
     return DiT(**(sizes | options), dtype=dtype, rngs=nnx.Rngs(seed))
 
 
-def awaken(model: DiT, scale=0.1, seed=1) -> DiT:
-    """The model with noise on every parameter, so that no zero hides a fault."""
-    leaves, tree = jax.tree.flatten(model)
+def awaken(module: nnx.Module, scale=0.1, seed=1) -> nnx.Module:
+    """The module with noise on every parameter, so that no zero hides a fault."""
+    leaves, tree = jax.tree.flatten(module)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(tree, [p + scale * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys)])
+    noisy = [
+        leaf + scale * jax.random.normal(key, leaf.shape)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(tree, noisy)
 
 
-def inputs(model: DiT, batch=3, seed=2):
+def block_of(model: DiT, i: int) -> nnx.Module:
+    """Block i of the stack."""
+    return jax.tree.map(lambda leaf: leaf[i], model.blocks)
+
+
+def inputs(model: DiT, batch=3, seed=2) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x, t, y of a batch."""
-    keys = jax.random.split(jax.random.key(seed), 3)
-    x = jax.random.normal(keys[0], (batch, model.input_size, model.input_size, model.in_channels))
-    return x, jax.random.uniform(keys[1], (batch,), maxval=999.0), jax.random.randint(keys[2], (batch,), 0, model.num_classes + 1)
+    x_key, t_key, y_key = jax.random.split(jax.random.key(seed), 3)
+    shape = (batch, model.input_size, model.input_size, model.in_channels)
+    x = jax.random.normal(x_key, shape)
+    t = jax.random.uniform(t_key, (batch,), maxval=999.0)
+    y = jax.random.randint(y_key, (batch,), 0, model.num_classes + 1)
+    return x, t, y
 
 
 def tiny_config(**sections) -> Config:
@@ -57,13 +90,68 @@ def tiny_config(**sections) -> Config:
         objective=Objective(num_steps=101, schedule="cosine"),
         data=Data(name="digits", image_size=8, channels=1, num_classes=10, flip=True),
         optim=Optim(learning_rate=1e-3, ema_decay=0.99),
-        train=Train(steps=4, batch_size=16, dtype="float32", log_every=1, sample_every=0, checkpoint_every=0, sample_steps=3))
-    changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
-    return dataclasses.replace(config, **changed)
+        train=Train(
+            steps=4,
+            batch_size=16,
+            dtype="float32",
+            log_every=1,
+            sample_every=0,
+            checkpoint_every=0,
+            sample_steps=3,
+        ),
+    )
+    return replace(config, **sections)
 
 
-TINY = """digits --model.hidden-size 20 --model.depth 2 --model.num-heads 5 --train.batch-size 16 --train.log-every 1
-          --train.sample-every 0 --train.sample-steps 3 --objective.num-steps 101 --optim.schedule constant""".split()
+def show_condition(config: Config, brightness: Callable) -> jax.tree_util.Partial:
+    """In place of a model: one whose images show their condition, as brightness(y=..., mask=...).
+
+    For configs of a fixed variance. Brightness is `[B, H, W, C]` in [-1, 1], or broadcasts to it.
+    """
+    process = make_objective(config)
+
+    def predict(x, t, **condition):
+        x0 = jnp.broadcast_to(brightness(**condition), x.shape)
+        return process.pred_eps(x0, x, t)
+
+    return jax.tree_util.Partial(predict)
+
+
+def largest_difference(a, b) -> float:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(jnp.abs(x - y).max()) for x, y in pairs)
+
+
+# Commands, in this process
+
+
+def run_train(*argv):
+    """What `python train.py *argv` does."""
+    with cli.exit_status("train.py"):
+        return train.train(cli.parse_config([str(a) for a in argv], "train.py", train.__doc__))
+
+
+def run_sample(*argv):
+    """What `python sample.py *argv` does."""
+    with cli.exit_status("sample.py"):
+        options = cli.parse(sample.Sample, [str(a) for a in argv], "sample.py", sample.__doc__)
+        return sample.run(options)
+
+
+@pytest.fixture
+def refused(capsys) -> Callable[..., str]:
+    """Runs a command, expects one line on stderr and exit status 2, and returns that line."""
+
+    def run(command: Callable, *argv) -> str:
+        capsys.readouterr()  # what was printed before
+        with pytest.raises(SystemExit) as stop:
+            command(*[str(a) for a in argv])
+        assert stop.value.code == 2
+        line = capsys.readouterr().err.strip()
+        assert len(line.splitlines()) == 1, line
+        return line
+
+    return run
 
 
 @pytest.fixture
@@ -74,30 +162,20 @@ def optimised():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-@pytest.fixture
-def refused(capsys):
-    """Runs a command, holds it to one line on stderr and exit status 2, and returns that line."""
-    def run(main, *argv) -> str:
-        with pytest.raises(SystemExit) as stop:
-            main([str(a) for a in argv])
-        assert stop.value.code == 2
-        captured = capsys.readouterr().err.strip()
-        assert len(captured.splitlines()) == 1, captured
-        return captured
-
-    return run
-
-
-def largest_difference(a, b) -> float:
-    return max(float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+# Files
 
 
 def write_vae(folder: Path, widths=(8, 8, 12, 16), groups=4, seed=0) -> Path:
-    """A folder as diffusers writes one, of a small VAE with random weights, whose names are the published ones."""
+    """A folder as diffusers writes one, of a small VAE with random weights."""
     folder.mkdir(parents=True)
     vae = VAE(widths, 1, groups, rngs=nnx.Rngs(seed))
     write_tensors(folder / "diffusion_pytorch_model.safetensors", torch_layout(vae))
-    config = {"_class_name": "AutoencoderKL", "block_out_channels": widths, "layers_per_block": 1, "norm_num_groups": groups,
-              "latent_channels": 4}
+    config = {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": widths,
+        "layers_per_block": 1,
+        "norm_num_groups": groups,
+        "latent_channels": 4,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -1,21 +1,27 @@
 import io
+import json
 import os
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, tiny_config
+from conftest import TINY, run_train, tiny_config
 from PIL import Image
 
-import train
-from dit import config, data
+from dit import checkpoint, data
 from dit.config import Data, InputError
-from dit.images import prepare, to_uint8
+from dit.images import to_uint8
 
 CIFAR10 = Data(name="cifar10", image_size=32, channels=3)
 TFDS_DATA_DIR = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
-needs_cifar10 = pytest.mark.skipif(not (TFDS_DATA_DIR / "cifar10").is_dir(), reason="no CIFAR-10 in TFDS_DATA_DIR")
+needs_cifar10 = pytest.mark.skipif(
+    not (TFDS_DATA_DIR / "cifar10").is_dir(), reason="no CIFAR-10 in TFDS_DATA_DIR"
+)
+needs_imagenet = pytest.mark.skipif(
+    not (TFDS_DATA_DIR / "imagenet2012").is_dir(), reason="no ImageNet in TFDS_DATA_DIR"
+)
 
 
 def take(dataset, count, **options):
@@ -23,90 +29,190 @@ def take(dataset, count, **options):
     return [next(stream) for _ in range(count)]
 
 
+# Digits and batches
+
+
 def test_digits_are_the_1797_real_ones():
     digits = data.open_dataset(Data())
     images, labels = digits.records.images, digits.records.labels
-    assert images.shape == (1797, 8, 8, 1) and images.dtype == np.uint8 and labels.dtype == np.int32
-    assert images.min() == 0 and images.max() == 255 and len(np.unique(images)) == 17
-    assert digits.class_names == tuple("0123456789") and np.bincount(labels).min() > 170
+    assert images.shape == (1797, 8, 8, 1)
+    assert images.dtype == np.uint8
+    assert images.min() == 0 and images.max() == 255
+    assert len(np.unique(images)) == 17
+    assert labels.dtype == np.int32
+    assert np.bincount(labels).min() > 170
+    assert digits.class_names == tuple("0123456789")
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
     digits = data.open_dataset(Data())
-    first, resumed = take(digits, 9, batch_size=7, seed=3), take(digits, 4, batch_size=7, seed=3, start=5)
+    first = take(digits, 9, batch_size=7, seed=3)
+    resumed = take(digits, 4, batch_size=7, seed=3, start=5)
     for a, b in zip(first[5:], resumed, strict=True):
         np.testing.assert_array_equal(a["image"], b["image"])
         np.testing.assert_array_equal(a["label"], b["label"])
     other = take(digits, 1, batch_size=7, seed=4)[0]
-    assert (first[0]["image"] != other["image"]).any() and (first[0]["image"] != first[1]["image"]).any()
+    assert (first[0]["image"] != other["image"]).any()
+    assert (first[0]["image"] != first[1]["image"]).any()
 
 
 def test_each_epoch_shows_every_record_once_in_an_order_of_its_own():
-    small = data.Dataset(data.InMemory(np.arange(12, dtype=np.uint8).reshape(12, 1, 1, 1), np.zeros(12, np.int32)), ())
-    epochs = [np.concatenate([b["image"].ravel() for b in take(small, 4, batch_size=3, seed=0, start=4 * e)]) for e in range(3)]
+    images = np.arange(12, dtype=np.uint8).reshape(12, 1, 1, 1)
+    small = data.Dataset(data.InMemory(images, np.zeros(12, np.int32)), ())
+    epochs = []
+    for epoch in range(3):
+        steps = take(small, 4, batch_size=3, seed=0, start=4 * epoch)
+        epochs.append(np.concatenate([batch["image"].ravel() for batch in steps]))
     for epoch in epochs:
         assert sorted(epoch) == list(range(12))
-    assert (epochs[0] != epochs[1]).any() and (epochs[1] != epochs[2]).any() and (epochs[0] != np.arange(12)).any()
-
-
-def test_masks_say_where_the_ink_is_and_are_mirrored_with_the_image():
-    digits = data.open_dataset(Data(mask_classes=2))
-    cells = digits.records.masks.reshape(-1, 4, 2, 4, 2)
-    ink = digits.records.images[..., 0].reshape(-1, 4, 2, 4, 2)
-    assert (cells.max(axis=(2, 4)) == cells.min(axis=(2, 4))).all() and 0.3 < cells.mean() < 0.7
-    full, empty = ink[:, :, 0, :, 0][cells[:, :, 0, :, 0] == 1], ink.max(axis=(2, 4))[cells[:, :, 0, :, 0] == 0]
-    assert full.mean() > 100 and empty.mean() < 60
-    batch = take(digits, 1, batch_size=16, seed=0)[0]
-    assert batch["mask"].shape == (16, 8, 8) and batch["mask"].dtype == np.uint8
-    batch["mask"] = batch["image"][..., 0]  # a mask that says which way round its image is
-    x, mask = prepare(batch, jax.random.key(0), True, 1.0)
-    np.testing.assert_array_equal(to_uint8(x)[..., 0], mask)
-    assert (np.asarray(mask) != batch["image"][..., 0]).any() and data.batch_shapes(tiny_config(data=dict(mask_classes=2)))["mask"] == (
-        (16, 8, 8), np.uint8)
-    with pytest.raises(InputError, match="data.mask_classes: 3 should be 2 for 'digits'"):
-        data.open_dataset(Data(mask_classes=3))
-
-
-def test_masks_of_tfds_are_cropped_like_their_images_without_mixing_labels():
-    mask = np.zeros((20, 31, 1), np.uint8) + 1
-    mask[:, 20:] = 3
-    file = io.BytesIO()
-    Image.fromarray(mask[..., 0] * 80).save(file, "PNG")  # the picture shows the mask
-    source = [{"image": file.getvalue(), "label": 5, "segmentation_mask": mask}]
-    config = Data(name="pets", image_size=10, channels=1, mask_classes=3)
-    record = data.Decoded(source, "image", "label", config).read(source[0], 0)
-    assert set(np.unique(record["mask"])) == {0, 2} and record["mask"].shape == (10, 10)
-    np.testing.assert_array_equal(record["image"][..., 0] > 160, record["mask"] == 2)
-    with pytest.raises(InputError, match="data.mask_classes: 3 should be that of masks which hold 0 to 2"):
-        data.Decoded(source, "image", "label", config).read(source[0] | {"segmentation_mask": mask - 1}, 0)
-    with pytest.raises(InputError, match="data.mask_classes: 2 should be that of masks which hold 1 to 3"):
-        data.Decoded(source, "image", "label", Data(name="pets", image_size=10, channels=1, mask_classes=2)).read(source[0], 0)
+    assert (epochs[0] != epochs[1]).any()
+    assert (epochs[1] != epochs[2]).any()
+    assert (epochs[0] != np.arange(12)).any()
 
 
 def test_the_processes_parts_make_up_the_batch():
     digits = data.open_dataset(Data())
-    whole = take(digits, 3, batch_size=6, seed=1, start=2)
-    parts = [take(digits, 3, batch_size=6, seed=1, start=2, process=p, processes=3) for p in range(3)]
+    options = dict(batch_size=6, seed=1, start=2)
+    whole = take(digits, 3, **options)
+    parts = [take(digits, 3, **options, process=p, processes=3) for p in range(3)]
     for step in range(3):
-        np.testing.assert_array_equal(np.concatenate([parts[p][step]["image"] for p in range(3)]), whole[step]["image"])
+        joined = np.concatenate([part[step]["image"] for part in parts])
+        np.testing.assert_array_equal(joined, whole[step]["image"])
 
 
-@pytest.mark.parametrize("changed, words", [
-    (dict(num_classes=9), "data.num_classes: 9 should be 10, the classes of 'digits'"),
-    (dict(num_classes=20), "data.num_classes: 20 should be 10, the classes of 'digits'"),
-    (dict(image_size=16), "data.image_size and data.channels: (16, 1) should be (8, 1), those of 'digits'"),
-    (dict(name="CIFAR10"), "the nearest is 'cifar10'"),
-    (dict(name="../x"), "data.name: '../x' should be `digits` or a TFDS data set"),
-    (dict(name="cifar10:1.0.0"), "data.name: 'cifar10:1.0.0' should be `digits` or a TFDS data set"),
-    (dict(name="cifar10/plain"), "data.name: 'cifar10/plain' should be `digits` or a TFDS data set"),
-    (dict(name="cifar_10"), "data.name: 'cifar_10' should be `digits` or a TFDS data set; the nearest is 'cifar10'"),
-    (dict(name="ag_news_subset"), "should be a TFDS data set of images with one class label"),
-    (dict(latents="nowhere", name="imagenet2012", image_size=256), "data.latents: 'nowhere' should be a finished folder"),
-])
+def test_batch_shapes_are_those_of_the_batches():
+    config = tiny_config(data=dict(mask_classes=2))
+    batch = take(data.open_dataset(config.data), 1, batch_size=16, seed=0)[0]
+    found = {name: (array.shape, array.dtype) for name, array in batch.items()}
+    assert found == data.batch_shapes(config)
+
+
+# Masks
+
+
+def test_masks_say_where_the_ink_is():
+    digits = data.open_dataset(Data(mask_classes=2))
+    masks = digits.records.masks.reshape(-1, 4, 2, 4, 2)
+    ink = digits.records.images.reshape(-1, 4, 2, 4, 2)
+    assert (masks.max(axis=(2, 4)) == masks.min(axis=(2, 4))).all(), "a cell has one label"
+    cells = masks[:, :, 0, :, 0]
+    assert 0.3 < cells.mean() < 0.7
+    assert ink[:, :, 0, :, 0][cells == 1].mean() > 100
+    assert ink.max(axis=(2, 4))[cells == 0].mean() < 60
+
+
+def test_masks_are_mirrored_with_their_images():
+    digits = data.open_dataset(Data(mask_classes=2))
+    batch = take(digits, 1, batch_size=16, seed=0)[0]
+    assert batch["mask"].shape == (16, 8, 8)
+    assert batch["mask"].dtype == np.uint8
+    batch["mask"] = batch["image"][..., 0]  # a mask that says which way round its image is
+    x, condition = data.augment(batch, jax.random.key(0), Data(mask_classes=2, flip=True))
+    mask = np.asarray(condition["mask"])
+    np.testing.assert_array_equal(to_uint8(x)[..., 0], mask)
+    mirrored = (mask != batch["mask"]).any(axis=(1, 2))
+    assert 0 < mirrored.sum() < 16
+    np.testing.assert_array_equal(mask[mirrored], batch["mask"][mirrored][..., ::-1])
+
+
+def tfds_record() -> dict:
+    """A picture of 20 x 31 that shows its own mask of labels 1 and 3."""
+    mask = np.ones((20, 31, 1), np.uint8)
+    mask[:, 20:] = 3
+    file = io.BytesIO()
+    Image.fromarray(mask[..., 0] * 80).save(file, "PNG")
+    return {"image": file.getvalue(), "label": 5, "segmentation_mask": mask}
+
+
+def read(record: dict, mask_classes: int) -> dict:
+    config = Data(name="pets", image_size=10, channels=1, mask_classes=mask_classes)
+    return data.Decoded([record], "image", "label", config).read(record, 0)
+
+
+def test_masks_of_tfds_are_cropped_like_their_images_without_mixing_labels():
+    record = read(tfds_record(), 3)
+    assert record["mask"].shape == (10, 10)
+    assert set(np.unique(record["mask"])) == {0, 2}
+    np.testing.assert_array_equal(record["image"][..., 0] > 160, record["mask"] == 2)
+
+
+def test_masks_that_are_not_what_the_config_says_are_refused():
+    with pytest.raises(InputError, match="data.mask_classes: 3 should be 2 for 'digits'"):
+        data.open_dataset(Data(mask_classes=3))
+    record = tfds_record()
+    from_zero = record | {"segmentation_mask": record["segmentation_mask"] - 1}
+    with pytest.raises(InputError, match="3 should be that of masks which hold 0 to 2"):
+        read(from_zero, 3)
+    with pytest.raises(InputError, match="2 should be that of masks which hold 1 to 3"):
+        read(record, 2)
+
+
+# The condition and its null
+
+
+@pytest.mark.parametrize("num_classes", [7, 1000])
+def test_the_null_condition_is_the_class_and_the_mask_behind_the_last(num_classes):
+    config = Data(num_classes=num_classes, mask_classes=3)
+    condition = {"y": jnp.arange(5), "mask": jnp.zeros((5, 4, 4), jnp.uint8)}
+    null = data.null_condition(condition, config)
+    np.testing.assert_array_equal(null["y"], np.full(5, num_classes))
+    np.testing.assert_array_equal(null["mask"], np.full((5, 4, 4), 3))
+    assert null["mask"].dtype == jnp.uint8
+    assert data.null_condition({"y": jnp.arange(5)}, config).keys() == {"y"}
+
+
+def test_labels_and_masks_are_dropped_as_often_as_asked_and_no_label_without_its_mask():
+    config = tiny_config(
+        data=dict(mask_classes=2), objective=dict(label_dropout=0.2, mask_dropout=0.5)
+    )
+    condition = {"y": jnp.full(4000, 4), "mask": jnp.ones((4000, 2, 2), jnp.uint8)}
+    dropped = data.drop_condition(condition, jax.random.key(0), config)
+    y, mask = np.asarray(dropped["y"]), np.asarray(dropped["mask"])
+    assert set(np.unique(y)) == {4, 10}
+    assert set(np.unique(mask)) == {1, 2}
+    no_label = y == 10
+    no_mask = (mask == 2).all(axis=(1, 2))
+    np.testing.assert_array_equal(no_mask, (mask == 2).any(axis=(1, 2)))
+    assert no_label.mean() == pytest.approx(0.2, abs=0.03)
+    assert no_mask.mean() == pytest.approx(0.5, abs=0.03)
+    assert no_mask[no_label].all()
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        (dict(num_classes=9), "data.num_classes: 9 should be 10, the classes of 'digits'"),
+        (dict(num_classes=20), "data.num_classes: 20 should be 10, the classes of 'digits'"),
+        (
+            dict(image_size=16),
+            "data.image_size and data.channels: (16, 1) should be (8, 1), those of 'digits'",
+        ),
+        (dict(name="CIFAR10"), "the nearest is 'cifar10'"),
+        (dict(name="../x"), "data.name: '../x' should be `digits` or a TFDS data set"),
+        (dict(name="cifar10:1.0.0"), "'cifar10:1.0.0' should be `digits` or a TFDS data set"),
+        (dict(name="cifar10/plain"), "'cifar10/plain' should be `digits` or a TFDS data set"),
+        (
+            dict(name="cifar_10"),
+            "'cifar_10' should be `digits` or a TFDS data set; the nearest is 'cifar10'",
+        ),
+        (
+            dict(name="ag_news_subset"),
+            "should be a TFDS data set of images with one class label",
+        ),
+        (
+            dict(latents="nowhere", name="imagenet2012", image_size=256),
+            "data.latents: 'nowhere' should be a finished, undamaged folder",
+        ),
+    ],
+)
 def test_data_that_is_not_what_the_config_says_is_refused(changed, words):
     with pytest.raises(InputError) as refusal:
         data.open_dataset(Data(**changed))
-    assert words in str(refusal.value) and "\n" not in str(refusal.value)
+    assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)
 
 
 def test_without_data_and_network_the_refusal_says_how_to_get_it(refused, monkeypatch, tmp_path):
@@ -118,49 +224,77 @@ def test_without_data_and_network_the_refusal_says_how_to_get_it(refused, monkey
     monkeypatch.setattr(requests, "head", no_network)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    line = refused(train.main, *TINY, "--data.name", "mnist", "--data.image-size", "28")
-    assert "data.name: 'mnist' is not in" in line and "no network" in line and "set TFDS_DATA_DIR to a folder that has it" in line
+    line = refused(run_train, *TINY, "--data.name", "mnist", "--data.image-size", "28")
+    assert "data.name: 'mnist' is not in" in line
+    assert "no network" in line
+    assert "set TFDS_DATA_DIR to a folder that has it" in line
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_imagenet_presets_are_refused_before_anything_is_written(refused, monkeypatch, tmp_path):
+def test_the_imagenet_presets_are_refused_before_anything_is_written(
+    refused, monkeypatch, tmp_path
+):
     monkeypatch.chdir(tmp_path)
-    assert "data.latents" in refused(train.main, "imagenet256_b2")
+    assert "data.latents" in refused(run_train, "imagenet256_b2")
     assert list(tmp_path.iterdir()) == []
+
+
+# Images of TFDS
 
 
 @needs_cifar10
 def test_cifar10_through_tfds():
     cifar10 = data.open_dataset(CIFAR10)
     images, labels = cifar10.records.images, cifar10.records.labels
-    assert images.shape == (50_000, 32, 32, 3) and images.dtype == np.uint8
+    assert images.shape == (50_000, 32, 32, 3)
+    assert images.dtype == np.uint8
     assert np.bincount(labels).tolist() == [5000] * 10
-    assert cifar10.class_names == ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-    np.testing.assert_allclose(images.mean(axis=(0, 1, 2)) / 255, [0.491, 0.482, 0.447], atol=0.005)  # the published means
+    names = "airplane automobile bird cat deer dog frog horse ship truck"
+    assert cifar10.class_names == tuple(names.split())
+    published_means = [0.491, 0.482, 0.447]
+    np.testing.assert_allclose(images.mean(axis=(0, 1, 2)) / 255, published_means, atol=0.005)
     tenth = data.open_dataset(Data(name="cifar10", split="train[:10%]", image_size=13, channels=3))
     assert tenth.records.images.shape == (5000, 13, 13, 3)
 
 
 @needs_cifar10
-@pytest.mark.parametrize("changed, words", [
-    (dict(num_classes=7), "data.num_classes: 7 should be 10, the classes of 'cifar10'"),
-    (dict(channels=1), "data.channels: 1 should be 3, as in 'cifar10'"),
-    (dict(split="trian"), "data.split: 'trian' should be one of"),
-    (dict(split="train[50000:]"), "data.split: 'train[50000:]' should be one of"),
-])
+def test_the_config_of_a_tfds_data_set_is_filled_in_from_its_own_facts():
+    config = data.tfds_config("cifar10", "test", 32)
+    assert config == Data(name="cifar10", split="test", image_size=32, channels=3, num_classes=10)
+    assert data.tfds_config("digits", "train", 8) == Data()
+
+
+@needs_cifar10
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        (dict(num_classes=7), "data.num_classes: 7 should be 10, the classes of 'cifar10'"),
+        (dict(channels=1), "data.channels: 1 should be 3, as in 'cifar10'"),
+        (dict(mask_classes=2), "data.mask_classes: 2 should be 0: 'cifar10' has no segmentation"),
+        (dict(split="trian"), "data.split: 'trian' should be one of"),
+        (dict(split="train[50000:]"), "data.split: 'train[50000:]' should be one of"),
+    ],
+)
 @pytest.mark.parametrize("limit", [0, data.MEMORY_LIMIT])
 def test_cifar10_that_is_not_what_the_config_says_is_refused(monkeypatch, changed, words, limit):
     monkeypatch.setattr(data, "MEMORY_LIMIT", limit)
+    options = dict(name="cifar10", image_size=32, channels=3) | changed
     with pytest.raises(InputError) as refusal:
-        data.open_dataset(Data(**(dict(name="cifar10", image_size=32, channels=3) | changed)))
-    assert words in str(refusal.value) and "\n" not in str(refusal.value)
+        data.open_dataset(Data(**options))
+    assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.skipif(not (TFDS_DATA_DIR / "imagenet2012").is_dir(), reason="no ImageNet in TFDS_DATA_DIR")
+@needs_imagenet
 def test_images_of_many_sizes_are_cropped_to_one():
-    imagenet = data.open_dataset(Data(name="imagenet2012", split="validation", image_size=23, channels=3, num_classes=1000))
-    assert imagenet.records.images.shape[1:] == (23, 23, 3) and len(imagenet.class_names) == 1000
-    assert imagenet.records.images.std() > 30 and len(imagenet.records) == len(imagenet.records.labels)
+    config = Data(
+        name="imagenet2012", split="validation", image_size=23, channels=3, num_classes=1000
+    )
+    imagenet = data.open_dataset(config)
+    assert imagenet.records.images.shape[1:] == (23, 23, 3)
+    assert imagenet.records.images.std() > 30
+    assert len(imagenet.records) == len(imagenet.records.labels)
+    assert len(imagenet.class_names) == 1000
 
 
 @needs_cifar10
@@ -169,18 +303,19 @@ def test_a_set_too_large_for_memory_is_decoded_on_access_with_the_same_batches(m
     monkeypatch.setattr(data, "MEMORY_LIMIT", 0)
     lazy = data.open_dataset(CIFAR10)
     assert isinstance(lazy.records, data.Decoded)
-    a, b = (take(d, 1, batch_size=5, seed=0, start=11)[0] for d in (whole, lazy))
+    a = take(whole, 1, batch_size=5, seed=0, start=11)[0]
+    b = take(lazy, 1, batch_size=5, seed=0, start=11)[0]
     np.testing.assert_array_equal(a["image"], b["image"])
     np.testing.assert_array_equal(a["label"], b["label"])
 
 
 @needs_cifar10
-def test_300_steps_of_cifar10_tiny_lower_the_loss(optimised, tmp_path):
-    import json
-
-    train.main(["cifar10_tiny", "--workdir", str(tmp_path / "run"), "--train.steps", "300", "--train.sample-every", "0",
-                "--train.batch-size", "16"])
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == 300 and np.isfinite([row["loss"] for row in rows]).all()
+def test_100_steps_of_cifar10_tiny_lower_the_loss(optimised, tmp_path):
+    options = "--train.steps 100 --train.sample-every 0 --train.batch-size 16".split()
+    run_train("cifar10_tiny", "--workdir", tmp_path, *options)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert rows[-1]["step"] == 100
+    assert np.isfinite([row["loss"] for row in rows]).all()
     assert np.mean([row["mse"] for row in rows[-3:]]) < 0.5 * rows[0]["mse"]
-    assert config.from_json((tmp_path / "run/config.json").read_text()).data.class_names[3] == "cat"
+    assert checkpoint.stored_dataset(tmp_path, 100)["class_names"][3] == "cat"

@@ -1,4 +1,4 @@
-"""The metrics against closed forms and brute force, and the command on a network of random weights."""
+"""FID and its kin on a network of random weights: the command, references, and the evaluation."""
 
 import dataclasses
 import json
@@ -6,133 +6,78 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, awaken, run_train, tiny_config
 from flax import nnx
 from safetensors.numpy import save_file
 
-import train
-
-from dit import fid
+from dit import cli, generate
 from dit.config import Data, InputError
-from dit.fid import Gaussian, Moments, frechet_distance, inception_score, precision_recall
-from dit.images import open_npz, write_npz
-from dit.inception import Inception
-from dit.weights import load_inception, torch_layout
+from dit.imagenet import fid
+from dit.imagenet.inception import Features, Inception, load_inception, published_shapes
+from dit.metrics import gaussian_of
+from dit.sharding import make_mesh
+from dit.state import make_model
+
+DIGITS = 7  # of the reference data set, cut short
+
+
+def fid_command(*argv):
+    """What `python -m dit.imagenet.fid *argv` does."""
+    with cli.exit_status("dit.imagenet.fid"):
+        return fid.run(cli.parse(fid.Fid, [str(a) for a in argv], "dit.imagenet.fid", ""))
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A file under the names of pytorch-fid's, with random convolutions and batch norms that do nothing."""
-    path, rng = tmp_path_factory.mktemp("inception") / "inception.safetensors", np.random.default_rng(0)
+    """A file named as pytorch-fid's: random convolutions, and batch norms that do nothing."""
+    rng = np.random.default_rng(0)
+    identity = {"weight": 1, "bias": 0, "running_mean": 0, "running_var": 1}
     tensors = {}
-    for name, tensor in jax.eval_shape(lambda: torch_layout(Inception(rngs=nnx.Rngs(0)))).items():
-        if name.endswith(".conv.bias"):
-            tensors |= {name.replace("conv.bias", f"bn.{part}"): np.full(tensor.shape, value, np.float32)
-                        for part, value in dict(weight=1, bias=0, running_mean=0, running_var=1).items()}
+    model = jax.eval_shape(lambda: Inception(rngs=nnx.Rngs(0)))
+    for name, tensor in published_shapes(model).items():
+        module, part = name.rsplit(".", 1)
+        if module.endswith(".bn"):
+            tensors[name] = np.full(tensor.shape, identity[part], np.float32)
         else:
-            tensors[name] = rng.normal(size=tensor.shape).astype(np.float32) * (2 / np.prod(tensor.shape[1:])) ** 0.5
+            fan = np.prod(tensor.shape[1:])
+            tensors[name] = rng.normal(size=tensor.shape).astype(np.float32) * (2 / fan) ** 0.5
+    path = tmp_path_factory.mktemp("inception") / "inception.safetensors"
     save_file(tensors, path)
     return path
 
 
-def moments(x: np.ndarray) -> Gaussian:
-    found = Moments()
-    for part in np.array_split(x, 3):
-        found.add(part)
-    return found.gaussian()
+@pytest.fixture
+def cheap(monkeypatch):
+    """A few random products of the pixels in place of the network's features.
+
+    The network takes seconds an image, and the distance of its 2048 features as long.
+    """
+    sizes = {"pool": 13, "spatial": 11, "logits": 7}
+
+    def extract(images, rows):
+        x = images.reshape(len(images), -1) / 127.5 - 1
+        rng = np.random.default_rng(0)
+        products = [x @ rng.normal(size=(x.shape[1], size)) for size in sizes.values()]
+        return Features(*(product.astype(np.float32) for product in products))
+
+    monkeypatch.setattr(fid, "make_extract", lambda file, mesh: extract)
+    monkeypatch.setattr(fid, "POOL_FEATURES", sizes["pool"])
+    monkeypatch.setattr(fid, "SPATIAL_FEATURES", sizes["spatial"])
+    return extract
 
 
-def test_streamed_moments_equal_numpys():
-    x = 100 + np.random.default_rng(0).normal(size=(101, 7)).astype(np.float32)
-    found = moments(x)
-    np.testing.assert_allclose(found.mean, x.mean(axis=0, dtype=np.float64), rtol=1e-12)
-    np.testing.assert_allclose(found.covariance, np.cov(x.astype(np.float64), rowvar=False), atol=1e-9)
-
-
-def test_frechet_distance_equals_its_closed_form_is_symmetric_and_zero_on_equals():
-    rng = np.random.default_rng(0)
-    m1, m2, s1, s2 = rng.normal(size=5), rng.normal(size=5), rng.uniform(0.1, 2, 5), rng.uniform(0.1, 2, 5)
-    rotation = np.linalg.qr(rng.normal(size=(5, 5)))[0]  # covariances that commute: sum (m1 - m2)^2 + (sqrt s1 - sqrt s2)^2
-    a, b = (Gaussian(m, rotation * s @ rotation.T) for m, s in ((m1, s1), (m2, s2)))
-    assert frechet_distance(a, b) == pytest.approx(np.square(m1 - m2).sum() + np.square(np.sqrt(s1) - np.sqrt(s2)).sum(), rel=1e-10)
-    c, d = moments(rng.normal(size=(11, 5))), moments(rng.normal(size=(3, 5)))  # that do not, one of them singular
-    assert frechet_distance(c, d) == pytest.approx(frechet_distance(d, c), rel=1e-8) and frechet_distance(c, d) > 0.1
-    assert abs(frechet_distance(c, c)) < 1e-10 and abs(frechet_distance(d, d)) < 1e-7
-
-
-def test_inception_score_is_1_for_one_answer_and_k_for_k_sure_ones():
-    assert inception_score(np.random.default_rng(0).normal(size=(1, 13)).repeat(11, axis=0)) == pytest.approx(1)
-    assert inception_score(50 * np.eye(13)[np.arange(28) % 7]) == pytest.approx(7, rel=1e-6)
-    two = np.concatenate([50 * np.eye(13)[np.arange(6) % 3], 50 * np.eye(13)[np.arange(6) % 2]])
-    assert inception_score(two, split=6) == pytest.approx(2.5, rel=1e-6)
-
-
-def test_precision_and_recall_equal_brute_force():
-    rng = np.random.default_rng(0)
-    real, samples = rng.normal(size=(47, 5)).astype(np.float32), (1 + 0.9 * rng.normal(size=(43, 5))).astype(np.float32)
-
-    def inside(queries, centres, neighbours):
-        radius = [sorted(np.linalg.norm(c - other) for other in centres)[neighbours] for c in centres]  # [0] is itself
-        return np.mean([any(np.linalg.norm(q - c) <= r for c, r in zip(centres, radius)) for q in queries])
-
-    precision, recall = precision_recall(samples, real)
-    assert precision == pytest.approx(inside(samples, real, 3)) and recall == pytest.approx(inside(real, samples, 3))
-    assert precision != recall and {0, 1}.isdisjoint((precision, recall))
-    for other in (2, 4):  # the number of neighbours matters here
-        assert (precision, recall) != (inside(samples, real, other), inside(real, samples, other))
-    assert precision_recall(real, real) == (1, 1) and precision_recall(real + 100, real) == (0, 0)
-
-
-def test_npz_files_are_streamed_part_by_part(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (101, 5, 5, 3), np.uint8)
-    parts = [tmp_path / f"{i}.npy" for i in range(2)]
-    for part, rows in zip(parts, (images[:64], images[64:])):
-        np.save(part, rows)
-    write_npz(tmp_path / "x.npz", parts, np.arange(101))
-    arrays = np.load(tmp_path / "x.npz")
-    np.testing.assert_array_equal(arrays["arr_0"], images)
-    np.testing.assert_array_equal(arrays["arr_1"], np.arange(101))
-    shape, batches = open_npz(tmp_path / "x.npz")
-    assert shape == images.shape
-    np.testing.assert_array_equal(np.concatenate(list(batches)), images)
-
-
-def test_the_command_measures_samples_against_files_and_data_sets(weights, tmp_path, capsys, monkeypatch):
-    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
-    np.savez(tmp_path / "x.npz", arr_0=images)
-    flags = [str(tmp_path / "x.npz"), "--inception", str(weights)]
-    fid.main([*flags, "--reference", str(tmp_path / "x.npz")])
-    out = capsys.readouterr().out
-    found = dict(line.split() for line in out.splitlines() if not line.startswith("warning"))
-    assert "warning: 5 samples are fewer than the 2048 features" in out and found.keys() == {
-        "fid", "sfid", "inception_score", "precision", "recall"}
-    assert abs(float(found["fid"])) < 1e-2 and abs(float(found["sfid"])) < 1e-2 and float(found["inception_score"]) >= 1
-    assert float(found["precision"]) == float(found["recall"]) == 1
-
+@pytest.fixture
+def few_digits(monkeypatch):
+    """Makes a data set of its first images alone, and returns those of the digits."""
     before = fid.open_dataset
-    some = lambda config: dataclasses.replace(before(config), records=[before(config).records[i] for i in range(7)])  # noqa: E731
-    monkeypatch.setattr(fid, "open_dataset", some)
-    network = load_inception(weights)
-    reference = fid.open_reference("digits", "train", 8, network, str(tmp_path / "digits.npz"))
-    expected = fid.Activations()
-    expected.add(jax.jit(lambda m, x: m(x))(network, np.stack([record["image"] for record in some(Data()).records])))
-    np.testing.assert_allclose(reference.pool.mean, expected.pool.gaussian().mean, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(reference.features, expected.kept[0], rtol=1e-3, atol=1e-4)
-    saved = fid.read_reference(tmp_path / "digits.npz", None)
-    np.testing.assert_array_equal(saved.pool.covariance, reference.pool.covariance)
-    np.testing.assert_array_equal(saved.spatial.covariance, reference.spatial.covariance)
-    assert saved.features is None and saved.spatial.mean.shape == (2023,)
-    statistics = np.load(tmp_path / "digits.npz")
-    np.savez(tmp_path / "pytorch_fid.npz", mu=statistics["mu"], sigma=statistics["sigma"])
-    assert fid.read_reference(tmp_path / "pytorch_fid.npz", None).spatial is None
 
+    def open_some(config):
+        dataset = before(config)
+        records = [dataset.records[i] for i in range(DIGITS)]
+        return dataclasses.replace(dataset, records=records)
 
-def test_training_reports_the_scores_of_the_average(weights, tmp_path):
-    np.savez(tmp_path / "reference.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    train.main([*TINY, "--workdir", str(tmp_path / "run"), "--train.steps", "2", "--eval.every", "2", "--eval.inception", str(weights),
-                "--eval.num-samples", "19", "--eval.batch-size", "8", "--eval.reference", str(tmp_path / "reference.npz")])
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert ["fid" in row for row in rows] == [False, True] and np.isfinite(rows[1]["fid"])
+    monkeypatch.setattr(fid, "open_dataset", open_some)
+    return np.stack([record["image"] for record in open_some(Data()).records])
 
 
 def write(path, **arrays):
@@ -140,40 +85,292 @@ def write(path, **arrays):
     return path
 
 
-@pytest.mark.parametrize("arrays, words", [
-    (dict(images=np.zeros((3, 4, 4, 3), np.uint8)), "should be an .npz with `arr_0`"),
-    (dict(arr_0=np.zeros((3, 4, 4, 3))), "arr_0: 'float64 [3, 4, 4, 3]' should be uint8 images [N, H, W, 1 or 3]"),
-    (dict(arr_0=np.zeros((3, 4, 4, 4), np.uint8)), "arr_0: 'uint8 [3, 4, 4, 4]' should be uint8 images"),
-    (dict(arr_0=np.zeros((1, 4, 4, 3), np.uint8)), "arr_0: [1, 4, 4, 3] should be more than one image"),
-    (dict(arr_0=np.zeros((3, 0, 0, 3), np.uint8)), "arr_0: 'uint8 [3, 0, 0, 3]' should be uint8 images"),
-])
+def write_statistics(path, size=2048, **arrays):
+    """The statistics of a standard normal distribution, as pytorch-fid writes them."""
+    return write(path, mu=np.zeros(size), sigma=np.eye(size), **arrays)
+
+
+# Images to statistics
+
+
+def test_features_are_the_networks_and_a_smaller_batch_takes_no_second_compilation(
+    weights, monkeypatch
+):
+    network = load_inception(weights)
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
+    expected = jax.jit(lambda network, images: network(images))(network, images)
+    shapes = []
+    before = Inception.__call__
+
+    def traced(self, images):
+        shapes.append(images.shape)
+        return before(self, images)
+
+    monkeypatch.setattr(Inception, "__call__", traced)
+    mesh = make_mesh(tiny_config(train=dict(batch_size=2)), jax.devices()[:2])
+    extract = fid.make_extract(str(weights), mesh)
+    batches = [extract(images[:2], 2), extract(images[2:], 2)]
+    assert shapes == [(2, 8, 8, 1)]
+    for name in ("pool", "spatial", "logits"):
+        found = np.concatenate([getattr(batch, name) for batch in batches])
+        np.testing.assert_allclose(found, getattr(expected, name), rtol=1e-3, atol=1e-4)
+
+
+def test_each_batch_is_padded_to_the_largest(cheap):
+    rows = []
+
+    def extract(images, padded):
+        rows.append(padded)
+        return cheap(images, padded)
+
+    images = np.zeros((11, 8, 8, 1), np.uint8)
+    fid.measure([images[:4], images[4:8], images[8:]], extract)
+    assert rows == [4, 4, 4]
+
+
+def test_statistics_do_not_depend_on_the_batches(cheap):
+    images = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 3), np.uint8)
+    features = cheap(images, 11)
+    whole = fid.measure([images], cheap)
+    parts = fid.measure([images[:4], images[4:8], images[8:]], cheap, keep=6)
+    for statistics in (whole, parts):
+        pairs = [(statistics.pool, features.pool), (statistics.spatial, features.spatial)]
+        for found, rows in pairs:
+            expected = gaussian_of(rows)
+            np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(found.covariance, expected.covariance, atol=1e-3)
+    np.testing.assert_allclose(whole.logit_rows, features.logits)
+    np.testing.assert_allclose(parts.pool_rows, features.pool[:6], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(parts.logit_rows, features.logits[:6], rtol=1e-4, atol=1e-4)
+
+
+# The command
+
+
+def test_samples_equal_themselves(weights, tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
+    path = write(tmp_path / "x.npz", arr_0=images)
+    scores = fid_command(path, "--inception", weights, "--reference", path)
+    out = capsys.readouterr().out
+    assert "warning: 5 samples are fewer than the 2048 features" in out
+    assert list(scores) == ["fid", "sfid", "inception_score", "precision", "recall"]
+    printed = dict(line.split() for line in out.splitlines() if not line.startswith("warning"))
+    assert printed == {name: f"{value:.4f}" for name, value in scores.items()}
+    assert abs(scores["fid"]) < 1e-2
+    assert abs(scores["sfid"]) < 1e-2
+    assert scores["inception_score"] >= 1
+    assert scores["precision"] == scores["recall"] == 1
+
+
+def test_what_the_reference_does_not_allow_is_said(cheap, tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
+    path = write(tmp_path / "x.npz", arr_0=images)
+    reference = write_statistics(tmp_path / "reference.npz", 13)
+    scores = fid_command(path, "--inception", "x.pth", "--reference", reference)
+    assert list(scores) == ["fid", "inception_score"]
+    out = capsys.readouterr().out
+    assert "-  the reference has no mu_s and sigma_s" in out
+    assert out.count("-  the reference has no images in arr_0") == 2
+
+
+# References
+
+
+def test_a_data_sets_statistics_are_those_of_its_images(cheap, few_digits):
+    reference = fid.open_reference("--reference", "digits", "train", 8, cheap)
+    features = cheap(few_digits, DIGITS)
+    np.testing.assert_array_equal(reference.pool.mean, gaussian_of(features.pool).mean)
+    np.testing.assert_array_equal(reference.spatial.mean, gaussian_of(features.spatial).mean)
+    np.testing.assert_array_equal(reference.pool_rows, features.pool)
+
+
+def test_a_data_sets_statistics_are_saved_and_read(cheap, few_digits, tmp_path):
+    path = tmp_path / "digits.npz"
+    reference = fid.open_reference("--reference", "digits", "train", 8, cheap, str(path))
+    saved = fid.read_reference("--reference", path, cheap)
+    np.testing.assert_array_equal(saved.pool.covariance, reference.pool.covariance)
+    np.testing.assert_array_equal(saved.spatial.covariance, reference.spatial.covariance)
+    assert saved.pool_rows is None
+    assert saved.spatial.mean.shape == (11,)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_pytorch_fids_statistics_serve_for_fid(cheap, tmp_path):
+    path = write_statistics(tmp_path / "x.npz", 13)
+    reference = fid.read_reference("--reference", path, cheap)
+    assert reference.spatial is None
+    np.testing.assert_array_equal(reference.pool.covariance, np.eye(13))
+
+
+def test_images_serve_as_a_reference(cheap, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+    path = write(tmp_path / "x.npz", arr_0=images)
+    reference = fid.read_reference("--reference", path, cheap)
+    features = cheap(images, 5)
+    np.testing.assert_array_equal(reference.pool.mean, gaussian_of(features.pool).mean)
+    np.testing.assert_array_equal(reference.spatial.mean, gaussian_of(features.spatial).mean)
+    np.testing.assert_array_equal(reference.pool_rows, features.pool)
+
+
+def test_statistics_go_before_those_of_the_images_beside_them(cheap, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+    path = write_statistics(tmp_path / "x.npz", 13, arr_0=images)
+    reference = fid.read_reference("--reference", path, cheap)
+    np.testing.assert_array_equal(reference.pool.mean, np.zeros(13))
+    assert reference.spatial is None
+    np.testing.assert_array_equal(reference.pool_rows, cheap(images, 5).pool)
+
+
+# In training
+
+
+def test_training_reports_the_scores_of_the_average(cheap, tmp_path):
+    reference = write_statistics(tmp_path / "reference.npz", 13)
+    flags = {
+        "--workdir": tmp_path / "run",
+        "--train.steps": 2,
+        "--eval.every": 2,
+        "--eval.inception": "x.pth",
+        "--eval.num-samples": 19,
+        "--eval.batch-size": 8,
+        "--eval.reference": reference,
+    }
+    run_train(*TINY, *(word for flag in flags.items() for word in flag))
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert ["fid" in row for row in rows] == [False, True]
+    assert np.isfinite(rows[1]["fid"])
+
+
+@pytest.mark.parametrize("mask_classes", [0, 2])
+def test_the_evaluation_scores_what_the_command_scores(cheap, tmp_path, mask_classes):
+    reference = write_statistics(tmp_path / "reference.npz", 13)
+    evaluation = dict(inception="x.pth", reference=str(reference), num_samples=19, batch_size=8)
+    evaluation["guidance"] = 3.0
+    config = tiny_config(eval=evaluation, data=dict(mask_classes=mask_classes))
+    mesh = make_mesh(config)
+    model = awaken(make_model(config, jax.random.key(0)))
+    scores = fid.make_evaluation(config, None, mesh)(model)
+
+    labels = generate.random_labels(config.train.seed, np.arange(10), 19)
+    condition = generate.make_condition(labels, config)
+    options = dict(sampler="ddim", steps=3, guidance=3.0, seed=config.train.seed)
+    draw = generate.make_draw(config, mesh, condition, 19, **options)
+    samples = write(tmp_path / "x.npz", arr_0=draw(model, None, 0))
+    again = fid_command(samples, "--inception", "x.pth", "--reference", reference)
+    assert scores == pytest.approx(again, rel=1e-3)
+
+
+def test_the_evaluation_is_held_against_the_data_trained_on_unless_told(cheap, few_digits):
+    config = tiny_config(eval=dict(inception="x.pth", num_samples=19, batch_size=8))
+    model = make_model(config, jax.random.key(0))
+    scores = fid.make_evaluation(config, None, make_mesh(config))(model)
+    assert list(scores) == ["fid", "sfid", "inception_score", "precision", "recall"]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "arrays, words",
+    [
+        (
+            dict(images=np.zeros((3, 4, 4, 3), np.uint8)),
+            "should be an .npz with `arr_0`",
+        ),
+        (
+            dict(arr_0=np.zeros((3, 4, 4, 3))),
+            "arr_0: 'float64 [3, 4, 4, 3]' should be uint8 images [N, H, W, 1 or 3]",
+        ),
+        (
+            dict(arr_0=np.zeros((3, 4, 4, 4), np.uint8)),
+            "arr_0: 'uint8 [3, 4, 4, 4]' should be uint8 images",
+        ),
+        (
+            dict(arr_0=np.zeros((1, 4, 4, 3), np.uint8)),
+            "arr_0: [1, 4, 4, 3] should be more than one image",
+        ),
+        (
+            dict(arr_0=np.zeros((3, 0, 0, 3), np.uint8)),
+            "arr_0: 'uint8 [3, 0, 0, 3]' should be uint8 images",
+        ),
+    ],
+)
 def test_samples_that_cannot_be_are_refused(refused, tmp_path, arrays, words):
+    path = write(tmp_path / "x.npz", **arrays)
+    assert words in refused(fid_command, path, "--reference", "digits", "--inception", "x.pth")
+
+
+def test_files_that_are_none_are_refused(refused, tmp_path):
     flags = ["--reference", "digits", "--inception", "x.pth"]
-    assert words in refused(fid.main, write(tmp_path / "x.npz", **arrays), *flags)
-    (tmp_path / "y.npz").write_bytes(b"PK")
-    assert "should be an .npz with `arr_0`" in refused(fid.main, tmp_path / "y.npz", *flags)
-    given = ["--inception", "x.pth", "--save-reference", tmp_path / "s.npz"]
-    assert "--save-reference: " in refused(fid.main, write(tmp_path / "v.npz", arr_0=np.zeros((3, 4, 4, 3), np.uint8)), "--reference",
-                                           "x.npz", *given)
-    right = write(tmp_path / "z.npz", arr_0=np.zeros((3, 4, 4, 3), np.uint8))
-    assert "x.pth: should be a file of weights" in refused(fid.main, right, *flags)
+    (tmp_path / "x.npz").write_bytes(b"PK")
+    assert "should be an .npz with `arr_0`" in refused(fid_command, tmp_path / "x.npz", *flags)
+    samples = write(tmp_path / "y.npz", arr_0=np.zeros((3, 4, 4, 3), np.uint8))
+    assert "x.pth: should be a file of weights" in refused(fid_command, samples, *flags)
 
 
-@pytest.mark.parametrize("arrays, words", [
-    (dict(mu=np.zeros(64), sigma=np.eye(64)), "mu and its covariance: ((64,), (64, 64)) should be of 2048 features"),
-    (dict(mu=np.full(2048, np.nan), sigma=np.eye(2048)), "should be finite"),
-    (dict(arr_0=np.zeros((1, 4, 4, 3), np.uint8)), "arr_0: [1, 4, 4, 3] should be more than one image"),
-    (dict(mu=np.zeros(2048)), "['mu'] should be mu and sigma, or images in arr_0"),
-    (dict(mu=np.zeros(2048), sigma=np.eye(2048), mu_s=np.zeros(7), sigma_s=np.eye(7)), "mu_s and its covariance: ((7,), (7, 7)) should be"),
-])
+@pytest.mark.parametrize(
+    "reference, save, words",
+    [
+        ("x.npz", "s.npz", "'s.npz' should be given with a data set as --reference"),
+        ("digits", "s.txt", "'s.txt' should be an .npz file in a folder that exists"),
+        ("digits", "no/s.npz", "'no/s.npz' should be an .npz file in a folder that exists"),
+    ],
+)
+def test_statistics_that_cannot_be_saved_are_refused(refused, tmp_path, reference, save, words):
+    samples = write(tmp_path / "y.npz", arr_0=np.zeros((3, 4, 4, 3), np.uint8))
+    flags = ["--inception", "x.pth", "--reference", reference, "--save-reference", save]
+    assert f"--save-reference: {words}" in refused(fid_command, samples, *flags)
+
+
+@pytest.mark.parametrize(
+    "arrays, words",
+    [
+        (
+            dict(mu=np.zeros(64), sigma=np.eye(64)),
+            "mu and its covariance: ((64,), (64, 64)) should be of 2048 features",
+        ),
+        (
+            dict(mu=np.full(2048, np.nan), sigma=np.eye(2048)),
+            "mu and its covariance: 'nan or infinity' should be finite",
+        ),
+        (
+            dict(arr_0=np.zeros((1, 4, 4, 3), np.uint8)),
+            "arr_0: [1, 4, 4, 3] should be more than one image",
+        ),
+        (
+            dict(mu=np.zeros(2048)),
+            "['mu'] should be mu and sigma, or images in arr_0",
+        ),
+        (
+            dict(mu=np.zeros(2048), sigma=np.eye(2048), mu_s=np.zeros(7), sigma_s=np.eye(7)),
+            "mu_s and its covariance: ((7,), (7, 7)) should be",
+        ),
+    ],
+)
 def test_reference_statistics_of_another_kind_are_refused(tmp_path, arrays, words):
+    path = write(tmp_path / "x.npz", **arrays)
     with pytest.raises(InputError) as refusal:
-        fid.read_reference(write(tmp_path / "x.npz", **arrays), None)
-    assert words in str(refusal.value) and "\n" not in str(refusal.value)
-    whole = (tmp_path / "x.npz").read_bytes()
-    for damaged in (None, whole[:len(whole) // 2], whole[:len(whole) // 2] + b"?" + whole[len(whole) // 2 + 1:]):
-        (tmp_path / "y.npz").unlink(missing_ok=True)
-        if damaged:
-            (tmp_path / "y.npz").write_bytes(damaged)
-        with pytest.raises(InputError, match="should be"):
-            fid.read_reference(tmp_path / "y.npz", None)
+        fid.read_reference("eval.reference", path, None)
+    assert str(refusal.value).startswith(f"eval.reference: {path}")
+    assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_reference_files_that_are_missing_or_damaged_are_refused(tmp_path):
+    whole = write_statistics(tmp_path / "x.npz").read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + b"?" + whole[middle + 1 :]
+    path = tmp_path / "y.npz"
+    for damaged in (None, b"", whole[:middle], flipped):
+        if damaged is not None:
+            path.write_bytes(damaged)
+        with pytest.raises(InputError, match="should be an .npz of statistics or images"):
+            fid.read_reference("--reference", path, None)
+
+
+def test_an_array_that_is_no_npz_is_refused(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    (tmp_path / "x.npy").rename(tmp_path / "x.npz")
+    with pytest.raises(InputError, match="should be an .npz of statistics or images"):
+        fid.read_reference("--reference", tmp_path / "x.npz", None)

@@ -1,32 +1,167 @@
+"""Bytes and floats, crops, grids, and .npz files."""
+
+import zipfile
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from PIL import Image
 
-from dit.images import centre_crop, from_uint8, save_grid, to_uint8
+from dit.config import InputError
+from dit.images import (
+    centre_crop,
+    from_uint8,
+    open_npz,
+    open_picture,
+    save_grid,
+    to_uint8,
+    write_npz,
+)
 
 
-def test_every_byte_survives_the_round_trip_and_the_ends_are_minus_one_and_one():
+def random_images(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+# Bytes
+
+
+def test_every_byte_survives_the_round_trip():
     levels = jnp.arange(256, dtype=jnp.uint8)
     np.testing.assert_array_equal(to_uint8(from_uint8(levels)), levels)
-    assert from_uint8(levels)[0] == -1 and from_uint8(levels)[-1] == 1
+
+
+def test_the_ends_are_minus_one_and_one_and_what_lies_beyond_is_clipped():
+    np.testing.assert_array_equal(from_uint8(jnp.array([0, 255], jnp.uint8)), [-1, 1])
     np.testing.assert_array_equal(to_uint8(jnp.array([-3.0, 3.0])), [0, 255])
 
 
-def test_centre_crop_keeps_the_middle_and_the_mean():
-    image = np.zeros((40, 88, 3), np.uint8)
-    image[:, 24:64] = np.random.default_rng(0).integers(0, 256, (40, 40, 3))
-    np.testing.assert_array_equal(centre_crop(image, 40), image[:, 24:64])
-    small = centre_crop(image, 10)  # two halvings by boxes, rounded twice
-    np.testing.assert_allclose(small, image[:, 24:64].reshape(10, 4, 10, 4, 3).mean(axis=(1, 3)), atol=2)
-    assert centre_crop(image, 13).shape == (13, 13, 3) and centre_crop(image[..., :1], 53).shape == (53, 53, 1)
-    assert centre_crop(small, 10) is small
+# Crops
 
 
-def test_grid_shows_each_image_in_its_place(tmp_path):
-    images = (np.arange(6, dtype=np.uint8) * 40).reshape(6, 1, 1, 1).repeat(8, axis=1).repeat(8, axis=2)
+def wide_image() -> tuple[np.ndarray, np.ndarray]:
+    """uint8 `[40, 88, 3]`, black but for its middle, and the middle `[40, 40, 3]`."""
+    image, middle = np.zeros((40, 88, 3), np.uint8), random_images(40, 40, 3)
+    image[:, 24:64] = middle
+    return image, middle
+
+
+def test_centre_crop_keeps_the_middle():
+    image, middle = wide_image()
+    np.testing.assert_array_equal(centre_crop(image, 40), middle)
+
+
+def test_centre_crop_halves_by_boxes():
+    image, middle = wide_image()
+    boxes = middle.reshape(10, 4, 10, 4, 3).mean(axis=(1, 3))
+    np.testing.assert_allclose(centre_crop(image, 10), boxes, atol=2)  # two halvings, rounded twice
+
+
+@pytest.mark.parametrize("size, channels", [(13, 3), (53, 1)])
+def test_centre_crop_resizes_up_and_down(size, channels):
+    image, _ = wide_image()
+    assert centre_crop(image[..., :channels], size).shape == (size, size, channels)
+
+
+def test_centre_crop_returns_an_image_of_the_right_size_as_it_is():
+    image = random_images(10, 10, 3)
+    assert centre_crop(image, 10) is image
+
+
+# Grids
+
+
+def test_a_grid_shows_each_image_in_its_place_behind_its_rows_name(tmp_path):
+    levels = np.arange(6, dtype=np.uint8) * 40
+    images = np.broadcast_to(levels.reshape(6, 1, 1, 1), (6, 8, 8, 1))
     save_grid(tmp_path / "grid.png", images, ["zero", "one"])
     sheet = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))
-    tiles = sheet[:, -(3 * 66):].reshape(-1, 3, 66)[2:].reshape(2, 66, 3, 66)[:, :64, :, :64]
-    np.testing.assert_array_equal(tiles.max(axis=(1, 3)), images[:, 0, 0, 0].reshape(2, 3))
-    np.testing.assert_array_equal(tiles.min(axis=(1, 3)), images[:, 0, 0, 0].reshape(2, 3))
-    assert sheet[:, : -(3 * 66)].min() < 100, "no names"
+    width = 3 * 66  # tiles of 64 pixels and a gap of 2
+    margin, tiles = sheet[:, :-width], sheet[2:, -width:].reshape(2, 66, 3, 66)
+    inside = tiles[:, :64, :, :64]
+    np.testing.assert_array_equal(inside.max(axis=(1, 3)), levels.reshape(2, 3))
+    np.testing.assert_array_equal(inside.min(axis=(1, 3)), levels.reshape(2, 3))
+    first_row, second_row = margin[2:68], margin[68:134]
+    assert first_row.min() < 100
+    assert second_row.min() < 100
+
+
+# Pictures
+
+
+def test_a_palettes_entries_are_labels_and_other_pictures_are_converted(tmp_path):
+    labels = random_images(3, 5) % 7
+    picture = Image.fromarray(labels, "P")
+    picture.putpalette(list(range(255, -1, -1)) * 3)
+    picture.save(tmp_path / "labels.png")
+    opened = open_picture("--mask", str(tmp_path / "labels.png"), "L")
+    np.testing.assert_array_equal(opened, labels[..., None])
+    grey = random_images(3, 5)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    opened = open_picture("--style", str(tmp_path / "grey.png"), "RGB")
+    np.testing.assert_array_equal(opened, grey[..., None].repeat(3, axis=-1))
+
+
+def test_what_is_no_picture_of_8_bits_is_refused(tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(InputError, match="--mask: .*text.png' should be a picture"):
+        open_picture("--mask", str(tmp_path / "text.png"), "L")
+    Image.fromarray(np.zeros((3, 5), np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(InputError, match="should be of 8 bits a channel, unlike its 'I;16'"):
+        open_picture("--mask", str(tmp_path / "deep.png"), "L")
+
+
+# .npz files
+
+
+def written_npz(folder: Path, images: np.ndarray) -> Path:
+    """An .npz that write_npz made of two parts of the images, labelled from 0."""
+    parts = [folder / "0.npy", folder / "1.npy"]
+    np.save(parts[0], images[:40])
+    np.save(parts[1], images[40:])
+    write_npz(folder / "images.npz", parts, np.arange(len(images)))
+    return folder / "images.npz"
+
+
+def test_an_npz_holds_its_parts_and_labels_and_is_read_in_batches(tmp_path):
+    images = random_images(100, 3, 5, 1)
+    path = written_npz(tmp_path, images)
+    whole = np.load(path)
+    np.testing.assert_array_equal(whole["arr_0"], images)
+    np.testing.assert_array_equal(whole["arr_1"], np.arange(100))
+    shape, batches = open_npz(path)
+    batches = list(batches)
+    assert shape == images.shape
+    assert [len(batch) for batch in batches] == [64, 36]
+    np.testing.assert_array_equal(np.concatenate(batches), images)
+
+
+@pytest.mark.parametrize("array", [np.zeros((2, 3, 3, 3)), np.zeros((2, 3, 3), np.uint8)])
+def test_an_npz_of_anything_but_uint8_images_is_refused(array, tmp_path):
+    np.savez(tmp_path / "other.npz", array)
+    with pytest.raises(InputError, match=r"arr_0: .* should be uint8 images \[N, H, W, 1 or 3\]"):
+        open_npz(tmp_path / "other.npz")
+
+
+def test_an_npz_of_fewer_pixels_than_its_shape_is_refused(tmp_path):
+    path = written_npz(tmp_path, random_images(100, 3, 5, 1))
+    with zipfile.ZipFile(path) as file:
+        array = file.read("arr_0.npy")
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("arr_0.npy", array[:-1])
+    with pytest.raises(InputError, match=r"arr_0: .* should be uint8 images"):
+        open_npz(path)
+
+
+def test_a_damaged_npz_is_refused(tmp_path):
+    path = written_npz(tmp_path, random_images(100, 13, 11, 1))
+    content = bytearray(path.read_bytes())
+    content[500] ^= 1  # a pixel; only at the end does the checksum show it
+    path.write_bytes(content)
+    _, batches = open_npz(path)
+    with pytest.raises(InputError, match="images.npz: arr_0 is damaged"):
+        list(batches)
+    path.write_bytes(content[:1000])
+    with pytest.raises(InputError, match="images.npz: should be an .npz with `arr_0`"):
+        open_npz(path)

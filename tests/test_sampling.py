@@ -1,127 +1,239 @@
+"""Samplers and guidance."""
+
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import awaken, tiny_model
+from conftest import awaken, tiny_config, tiny_model
 
 from dit import sampling
-from dit.ddpm import DDPM
+from dit.config import Data
+from dit.data import drop_condition, null_condition
+from dit.ddpm import DDPM, at
 
 MEAN, DEVIATION = 0.3, 0.5  # of the Gaussian data whose denoiser has a closed form
 SHAPE = (3, 1, 2)
+SAMPLERS = [sampling.ddpm, sampling.ddim]
+
+T = jnp.array([0, 49, 99])
+SEVEN = Data(num_classes=7)
+MASKED = Data(num_classes=7, mask_classes=2)
 
 
-def gaussian_denoiser(d: DDPM):
+# Samplers
+
+
+def gaussian_denoiser(d: DDPM) -> sampling.Denoise:
     """E[noise | x_t] for x_0 ~ N(MEAN, DEVIATION^2), at original times."""
-    a = np.asarray(d.alphas_cumprod)
-    slope, root = np.sqrt(1 - a) / (a * DEVIATION**2 + 1 - a), np.sqrt(a)
-    def denoise(x, t):
-        s, r = (jnp.asarray(table, jnp.float32)[t].reshape(-1, 1, 1, 1) for table in (slope, root))
-        return s * (x - r * MEAN)
+    abar = d.alphas_cumprod
+    slope = np.sqrt(1 - abar) / (abar * DEVIATION**2 + 1 - abar)
+    mean = np.sqrt(abar) * MEAN  # of x_t
+
+    def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+        return at(slope, t) * (x - at(mean, t))
+
     return denoise
 
 
-def keys(n: int, seed=0):
+def keys(n: int, seed=0) -> jax.Array:
     return sampling.sample_keys(seed, jnp.arange(n))
 
 
 def test_ddim_converges_to_the_flow_at_first_order():
-    """The probability flow of Gaussian data carries x_T to MEAN + DEVIATION (x_T - sqrt(abar) MEAN) / sqrt(variance of x_T)."""
+    """The probability flow of Gaussian data is known: it keeps x_t's distance in deviations."""
     d = DDPM(1000, "linear")
     abar = d.alphas_cumprod[-1]
-    start = sampling.draw(keys(7), d.num_steps, SHAPE)
-    exact = MEAN + DEVIATION * (start - np.sqrt(abar) * MEAN) / np.sqrt(abar * DEVIATION**2 + 1 - abar)
-    errors = [float(jnp.abs(sampling.ddim(d, gaussian_denoiser(d), keys(7), SHAPE, n) - exact).max()) for n in (10, 20, 40, 80)]
+    start = sampling.sample_noise(keys(7), d.num_steps, SHAPE)
+    deviation = np.sqrt(abar * DEVIATION**2 + 1 - abar)  # of x_T
+    exact = MEAN + DEVIATION * (start - np.sqrt(abar) * MEAN) / deviation
+    errors = []
+    for n in (10, 20, 40, 80):
+        x = sampling.ddim(d, gaussian_denoiser(d), keys(7), SHAPE, n)
+        errors.append(float(jnp.abs(x - exact).max()))
     orders = np.log2(np.array(errors[:-1]) / errors[1:])
-    assert errors[-1] < 0.06 and (orders > 0.9).all() and (orders < 1.1).all(), (errors, orders)
+    assert errors[-1] < 0.06
+    assert (np.abs(orders - 1) < 0.1).all(), orders
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_ancestral_sampling_recovers_mean_and_variance(sampler, schedule):
-    d = DDPM(1000, schedule, "fixed_large" if sampler == "ddpm" else "fixed_small")
-    if sampler == "ddpm":
-        x = jax.jit(lambda k: sampling.ddpm(d, gaussian_denoiser(d), k, SHAPE, 1000))(keys(2000))
-    else:
-        x = jax.jit(lambda k: sampling.ddim(d, gaussian_denoiser(d), k, SHAPE, 500, eta=1.0))(keys(2000))
+def test_ddpm_recovers_mean_and_variance(schedule):
+    d = DDPM(1000, schedule, "fixed_large")
+    denoise = gaussian_denoiser(d)
+    check_moments(jax.jit(lambda k: sampling.ddpm(d, denoise, k, SHAPE, 1000))(keys(2000)))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_ddim_at_eta_1_recovers_mean_and_variance(schedule):
+    d = DDPM(1000, schedule, "fixed_small")
+    denoise = gaussian_denoiser(d)
+    check_moments(jax.jit(lambda k: sampling.ddim(d, denoise, k, SHAPE, 500, eta=1.0))(keys(2000)))
+
+
+def check_moments(x: jax.Array) -> None:
     standard_error = DEVIATION / np.sqrt(x.size)
-    assert abs(float(x.mean()) - MEAN) < 4 * standard_error
-    assert abs(float(x.std()) - DEVIATION) < 4 * standard_error + 0.005
+    assert float(x.mean()) == pytest.approx(MEAN, abs=4 * standard_error)
+    assert float(x.std()) == pytest.approx(DEVIATION, abs=4 * standard_error + 0.005)
 
 
 def test_ddim_at_eta_1_is_ddpm_with_the_posteriors_variance():
     d = DDPM(100, "cosine", "fixed_small")
-    a = sampling.ddpm(d, gaussian_denoiser(d), keys(5), SHAPE, 10)
-    b = sampling.ddim(d, gaussian_denoiser(d), keys(5), SHAPE, 10, eta=1.0)
-    np.testing.assert_allclose(a, b, atol=1e-5)
-    c = sampling.ddim(d, gaussian_denoiser(d), keys(5), SHAPE, 10)
-    assert jnp.abs(a - c).max() > 0.1
+    denoise = gaussian_denoiser(d)
+    ancestral = sampling.ddpm(d, denoise, keys(5), SHAPE, 10)
+    noisy = sampling.ddim(d, denoise, keys(5), SHAPE, 10, eta=1.0)
+    deterministic = sampling.ddim(d, denoise, keys(5), SHAPE, 10)
+    np.testing.assert_allclose(ancestral, noisy, atol=1e-5)
+    assert jnp.abs(ancestral - deterministic).max() > 0.1
 
 
-@pytest.mark.parametrize("sampler", [sampling.ddpm, sampling.ddim])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("n", [1, 7, 50])
 def test_samplers_visit_the_respaced_times_from_the_last_to_zero(sampler, n):
     seen = []
-    def network(x, t):
+
+    def network(x: jax.Array, t: jax.Array) -> jax.Array:
         jax.debug.callback(lambda t: seen.append(int(t)), t[0], ordered=True)
         return jnp.zeros_like(x)
+
     d = DDPM(50, variance="fixed_small")
     jax.block_until_ready(sampler(d, network, keys(2), SHAPE, n))
-    assert seen == d.respaced(n).timesteps[::-1].tolist() and seen[0] == 49 and (n == 1 or seen[-1] == 0)
+    assert seen == d.respaced(n).timesteps[::-1].tolist()
+    assert seen[0] == 49
+    assert n == 1 or seen[-1] == 0
 
 
-@pytest.mark.parametrize("sampler", [sampling.ddpm, sampling.ddim])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_sample_depends_on_seed_and_index_alone(sampler):
     model, d = awaken(tiny_model(num_classes=7), scale=0.05), DDPM(50)
-    def draw(indices, seed=0):
+
+    def draw(indices, seed=0) -> jax.Array:
         indices = jnp.asarray(indices)
-        denoise = sampling.guided(model, indices % 7, 7, 2.0)
-        return sampler(d, denoise, sampling.sample_keys(seed, indices), (6, 6, 2), 5, correct=sampling.clip_pixels)
+        condition = {"y": indices % 7}
+        denoise = sampling.guided(model, condition, null_condition(condition, SEVEN), 2.0)
+        sample_keys = sampling.sample_keys(seed, indices)
+        return sampler(d, denoise, sample_keys, (6, 6, 2), 5, correct=sampling.clip_pixels)
+
     many = draw(range(11))
     np.testing.assert_allclose(draw([4]), many[4:5], atol=2e-5)
     np.testing.assert_allclose(draw([9, 2]), many[jnp.array([9, 2])], atol=2e-5)
-    assert jnp.abs(draw([4], seed=1) - many[4:5]).max() > 0.1 and jnp.abs(many[0] - many[7]).max() > 0.1  # both of class 0
-
-
-def model_and_batch():
-    model = awaken(tiny_model(num_classes=7))
-    return model, jax.random.normal(jax.random.key(0), (3, 6, 6, 2)), jnp.array([0, 49, 99]), jnp.array([1, 0, 6])
-
-
-def test_guidance_1_is_the_conditional_model_and_0_the_unconditional():
-    model, x, t, y = model_and_batch()
-    conditional, null = model(x, t, y), model(x, t, jnp.full(3, 7))
-    np.testing.assert_array_equal(sampling.guided(model, y, 7)(x, t), conditional)
-    np.testing.assert_allclose(sampling.guided(model, y, 7, 0.0)(x, t)[..., :2], null[..., :2], rtol=1e-5, atol=1e-5)
-    for scale in (1.0 + 1e-7, 3.0):
-        guided = sampling.guided(model, y, 7, scale)(x, t)
-        np.testing.assert_allclose(guided[..., :2], (null + scale * (conditional - null))[..., :2], rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(guided[..., 2:], conditional[..., 2:], rtol=1e-4, atol=1e-5)  # the variance
-
-
-def test_cfg_channels_guide_the_first_channels_alone():
-    model, x, t, y = model_and_batch()
-    all_channels, one = sampling.guided(model, y, 7, 3.0)(x, t), sampling.guided(model, y, 7, 3.0, cfg_channels=1)(x, t)
-    np.testing.assert_array_equal(one[..., :1], all_channels[..., :1])
-    np.testing.assert_allclose(one[..., 1:], model(x, t, y)[..., 1:], rtol=1e-4, atol=1e-5)
-    assert jnp.abs(one[..., 1] - all_channels[..., 1]).max() > 1e-2
-
-
-def test_guidance_interval_holds_from_low_to_below_high():
-    model, x, t, y = model_and_batch()
-    out = sampling.guided(model, y, 7, 3.0, interval=(49, 99))(x, t)
-    free, guided = model(x, t, y), sampling.guided(model, y, 7, 3.0)(x, t)
-    np.testing.assert_allclose(out[jnp.array([0, 2])], free[jnp.array([0, 2])], rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(out[1], guided[1], rtol=1e-5, atol=1e-5)
+    assert jnp.abs(draw([4], seed=1) - many[4:5]).max() > 0.1
+    assert jnp.abs(many[0] - many[7]).max() > 0.1, "two samples of class 0"
 
 
 def test_the_start_is_the_same_noise_for_any_number_of_steps():
-    first = []
-    def network(x, t):
-        jax.debug.callback(lambda x: first.append(np.asarray(x)), x, ordered=True)
+    seen = []
+
+    def network(x: jax.Array, t: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), x, ordered=True)
         return jnp.zeros_like(x)
+
     d = DDPM(50, variance="fixed_small")
     for n in (2, 5):
         jax.block_until_ready(sampling.ddim(d, network, keys(2), SHAPE, n))
-    np.testing.assert_array_equal(first[0], first[2])
-    assert abs(float(sampling.draw(keys(999), 50, SHAPE).std()) - 1) < 0.03
+    np.testing.assert_array_equal(seen[0], seen[2])
+    noise = sampling.sample_noise(keys(999), 50, SHAPE)
+    assert float(noise.std()) == pytest.approx(1, abs=0.03)
+
+
+# The null condition
+
+
+def test_the_null_condition_is_the_class_and_the_mask_past_the_last_in_the_same_shapes():
+    condition = {"y": jnp.array([1, 0, 6]), "mask": jnp.ones((3, 4, 4), jnp.uint8)}
+    null = null_condition(condition, MASKED)
+    np.testing.assert_array_equal(null["y"], [7, 7, 7])
+    np.testing.assert_array_equal(null["mask"], np.full((3, 4, 4), 2))
+    assert null["mask"].dtype == jnp.uint8
+    assert null_condition({"y": jnp.array([3])}, SEVEN).keys() == {"y"}
+
+
+def dropped(label_dropout: float, mask_dropout: float, count=2000) -> tuple[np.ndarray, np.ndarray]:
+    """Which labels and which masks of a batch drop_condition replaced by null."""
+    objective = dict(label_dropout=label_dropout, mask_dropout=mask_dropout)
+    config = tiny_config(data=dict(mask_classes=2), objective=objective)
+    condition = {"y": jnp.full(count, 4), "mask": jnp.ones((count, 2, 2), jnp.uint8)}
+    after = drop_condition(condition, jax.random.key(0), config)
+    y, mask = np.asarray(after["y"]), np.asarray(after["mask"])
+    assert set(y.tolist()) <= {4, 10}
+    assert set(mask.ravel().tolist()) <= {1, 2}
+    assert (mask == mask[:, :1, :1]).all(), "a mask is dropped as a whole"
+    return y == 10, mask[:, 0, 0] == 2
+
+
+@pytest.mark.parametrize("label_dropout, mask_dropout", [(0, 0), (0.1, 0.3), (0, 1), (1, 1)])
+def test_labels_and_masks_are_dropped_with_their_probabilities(label_dropout, mask_dropout):
+    labels, masks = dropped(label_dropout, mask_dropout)
+    for share, probability in [(labels.mean(), label_dropout), (masks.mean(), mask_dropout)]:
+        standard_error = (probability * (1 - probability) / len(labels)) ** 0.5
+        assert share == pytest.approx(probability, abs=4 * standard_error)
+
+
+def test_a_label_is_dropped_only_with_its_mask():
+    labels, masks = dropped(0.1, 0.3)
+    assert labels.any()
+    assert masks[labels].all()
+    assert not labels[masks].all()
+
+
+# Guidance
+
+
+def network() -> tuple[Callable, jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
+    """A model of seven classes, x, a condition, and its null condition."""
+    condition = {"y": jnp.array([1, 0, 6])}
+    x = jax.random.normal(jax.random.key(0), (3, 6, 6, 2))
+    return awaken(tiny_model(num_classes=7)), x, condition, null_condition(condition, SEVEN)
+
+
+def test_guidance_1_is_the_conditional_model():
+    model, x, condition, null = network()
+    guided = sampling.guided(model, condition, null)(x, T)
+    np.testing.assert_array_equal(guided, model(x, T, **condition))
+
+
+def test_guidance_0_is_the_model_of_the_null_class_num_classes():
+    model, x, condition, null = network()
+    guided = sampling.guided(model, condition, null, 0.0)(x, T)
+    expected = model(x, T, jnp.full(3, 7))
+    np.testing.assert_allclose(guided[..., :2], expected[..., :2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0 + 1e-7, 3.0])
+def test_guidance_goes_from_null_through_the_conditional_and_keeps_its_variance(scale):
+    model, x, condition, null = network()
+    guided = sampling.guided(model, condition, null, scale)(x, T)
+    conditional, unconditional = model(x, T, **condition), model(x, T, jnp.full(3, 7))
+    expected = unconditional + scale * (conditional - unconditional)
+    np.testing.assert_allclose(guided[..., :2], expected[..., :2], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(guided[..., 2:], conditional[..., 2:], rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_leads_away_from_the_null_mask_too():
+    model = awaken(tiny_model(num_classes=7, mask_classes=2), scale=0.3)
+    _, x, condition, _ = network()
+    condition["mask"] = jnp.zeros((3, 6, 6), int).at[:, :3].set(1)
+    null = null_condition(condition, MASKED)
+    guided = sampling.guided(model, condition, null, 0.0)(x, T)
+    expected = model(x, T, jnp.full(3, 7), jnp.full((3, 6, 6), 2))
+    np.testing.assert_allclose(guided[..., :2], expected[..., :2], rtol=1e-4, atol=1e-4)
+
+
+def test_cfg_channels_guide_the_first_channels_alone():
+    model, x, condition, null = network()
+    guided = sampling.guided(model, condition, null, 3.0)(x, T)
+    first = sampling.guided(model, condition, null, 3.0, cfg_channels=1)(x, T)
+    conditional = model(x, T, **condition)
+    np.testing.assert_array_equal(first[..., :1], guided[..., :1])
+    np.testing.assert_allclose(first[..., 1:], conditional[..., 1:], rtol=1e-4, atol=1e-5)
+    assert jnp.abs(first[..., 1] - guided[..., 1]).max() > 1e-2
+
+
+def test_the_guidance_interval_holds_from_low_to_below_high():
+    model, x, condition, null = network()
+    within = sampling.guided(model, condition, null, 3.0, interval=(49, 99))(x, T)
+    guided = sampling.guided(model, condition, null, 3.0)(x, T)
+    conditional = model(x, T, **condition)
+    np.testing.assert_allclose(within[::2], conditional[::2], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(within[1], guided[1], rtol=1e-5, atol=1e-5)
+    assert jnp.abs(guided[0] - conditional[0]).max() > 1e-2

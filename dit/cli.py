@@ -1,0 +1,167 @@
+"""Command lines: presets by name or file, options from dataclasses, errors as exit statuses.
+
+Each command parses its options at the top of its file, before it imports jax, so that `--help` and
+bad input are answered at once. Exit status 2 is bad input, 1 a run that diverged; both print one
+line on stderr.
+"""
+
+import contextlib
+import difflib
+import io
+import os
+import re
+import runpy
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import tyro
+
+from dit.config import (
+    Config,
+    Diverged,
+    InputError,
+    check_fields,
+    check_value,
+    one_line,
+    require,
+)
+
+Options = TypeVar("Options")
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"  # presets lie in the checkout
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimal-dit"
+
+
+# Presets
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in CONFIGS.glob("*.py"))
+
+
+def load_preset(name_or_file: str) -> Config:
+    """The config of a preset's name or of a Python file. Raises InputError."""
+    is_file = name_or_file.endswith(".py")
+    path = Path(name_or_file) if is_file else CONFIGS / f"{name_or_file}.py"
+    if not path.is_file():
+        names = preset_names()
+        near = difflib.get_close_matches(name_or_file, names, n=1, cutoff=0)
+        hint = (
+            f"the nearest preset is {near[0]!r} of {', '.join(names)}" if near else f"no {CONFIGS}"
+        )
+        raise InputError(f"preset: {name_or_file!r} is neither a preset nor a Python file; {hint}")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except Exception as error:  # whatever a user's file does
+        raise InputError(f"{path}: {type(error).__name__}: {one_line(error)}") from error
+    require(isinstance(config, Config), f"{path}: config", config, "a Config(...)")
+    check_fields(config)
+    return config
+
+
+# Command lines
+
+
+def parse(
+    kind: type[Options],
+    argv: list[str],
+    prog: str,
+    description: str,
+    default: Any = tyro.MISSING_NONPROP,
+) -> Options:
+    """A dataclass from a command line. Raises InputError with tyro's answer in one line."""
+    answer = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(answer):
+            options = tyro.cli(kind, args=argv, prog=prog, description=description, default=default)
+        check_options(options)
+        return options
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+    box = r"[╭─╮│╰╯]+|-{4,}"  # that tyro draws around its answer
+    lines = [re.sub(box, " ", line).strip(" |+") for line in answer.getvalue().splitlines()[1:]]
+    words = " ".join(" ".join(lines).split())
+    see = f"(see {prog} --help)"
+    raise InputError(re.sub(r"(Argument helptext:|For full helptext).*", see, words))
+
+
+def check_options(options: Any) -> None:
+    """Holds every option against its annotation and range. Raises InputError."""
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        if not is_dataclass(hint):
+            option = "--" + name.replace("_", "-")
+            check_value(option, getattr(options, name), hint)
+
+
+def parse_config(argv: list[str], prog: str, description: str) -> Config:
+    """The valid config of `PRESET_OR_FILE.py [--section.field value ...]`. Raises InputError."""
+    preset, flags = split_preset(argv, Config, prog, description)
+    kind = tyro.conf.FlagConversionOff[Config]
+    return parse(kind, flags, f"{prog} {argv[0]}", description, default=preset).validate()
+
+
+def split_preset(
+    argv: list[str], kind: type, prog: str, description: str
+) -> tuple[Config, list[str]]:
+    """The preset that a command line begins with, and the rest of the line. Raises InputError."""
+    if argv and not argv[0].startswith("-"):
+        return load_preset(argv[0]), argv[1:]
+    names = ", ".join(preset_names())
+    description = f"{description}\nPresets: {names}."
+    parse(tyro.conf.FlagConversionOff[kind], argv, f"{prog} PRESET_OR_FILE.py", description)
+    raise InputError(f"preset: missing; it should come first, one of {names}, or a Python file")
+
+
+@contextlib.contextmanager
+def exit_status(prog: str) -> Iterator[None]:
+    """Ends a command whose input is bad with status 2, and one whose run diverged with 1."""
+    try:
+        yield
+    except (InputError, Diverged) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX's own variables say where."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
+# Signals
+
+
+class StopRequest:
+    """Notes the first Ctrl-C or SIGTERM, so that a run can save and stop. A second acts as ever."""
+
+    def __enter__(self) -> "StopRequest":
+        self.requested = False
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self.handlers = {number: signal.signal(number, self._note) for number in signals}
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *exception: Any) -> None:
+        self._restore()
+
+    def anywhere(self) -> bool:
+        """Whether any process was asked to stop. All processes have to ask at the same step."""
+        import jax
+        import numpy as np
+        from jax.experimental import multihost_utils
+
+        if jax.process_count() == 1:
+            return self.requested
+        return bool(multihost_utils.process_allgather(np.array(self.requested)).any())

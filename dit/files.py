@@ -1,0 +1,45 @@
+"""Files and folders that are written whole or not at all, and folders that one request resumes."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from dit.config import InputError, one_line
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file or a folder to, which becomes `path` on success."""
+    unfinished = path.with_name(path.name + ".tmp")
+    if unfinished.is_dir():
+        shutil.rmtree(unfinished)
+    yield unfinished
+    unfinished.rename(path)
+
+
+def claim_folder(folder: Path, request: dict, option: str) -> None:
+    """Makes a folder for a request, or checks that it was made for the same one.
+
+    What the folder was made for is kept in `request.json`. Raises InputError, naming `option`, the
+    folder and the first setting that differs.
+    """
+    try:
+        is_empty = folder.is_dir() and not any(folder.iterdir())
+        if is_empty or not folder.exists():
+            with whole(folder) as unfinished:
+                unfinished.mkdir(parents=True)
+                (unfinished / "request.json").write_text(json.dumps(request, indent=2) + "\n")
+        stored = dict(json.loads((folder / "request.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{option}: {str(folder)!r} should be new, or hold the request.json that it was begun "
+            f"with ({one_line(error)})"
+        ) from error
+    for name, value in json.loads(json.dumps(request)).items():
+        if stored.get(name) != value:
+            raise InputError(
+                f"{option}: {str(folder)!r} was begun with {name} {stored.get(name)!r} rather than "
+                f"{value!r}; remove it, or name another folder"
+            )

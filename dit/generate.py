@@ -1,0 +1,195 @@
+"""Condition -> pictures: the one sampler that sample grids, `sample.py` and FID share."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dit import sampling
+from dit.config import Config
+from dit.data import Condition, Dataset, null_condition
+from dit.files import whole
+from dit.images import to_uint8, write_npz
+from dit.log import Progress
+from dit.model import DiT
+from dit.normalization import AdaIN
+from dit.sharding import map_parts, num_parts, place_rows, replicated
+from dit.state import make_objective
+
+DECODED_PIXELS = 2**19  # that the VAE decodes at a time on a device: 8 images of 256x256
+GRID_COLUMNS = 8
+LABEL_TAG = 2**30  # folded into a sample's key for its label; the samplers fold in timesteps
+
+Draw = Callable[[DiT, Any, int], np.ndarray]
+
+
+# What to draw
+
+
+def spread_classes(num_classes: int, at_most: int = 10) -> list[int]:
+    """At most ten classes, evenly spaced."""
+    count = min(num_classes, at_most)
+    return np.linspace(0, num_classes - 1, count).astype(int).tolist()
+
+
+def random_labels(seed: int, classes: np.ndarray, count: int) -> np.ndarray:
+    """The label of each sample, int32 `[count]`: label i is a function of (seed, i)."""
+    keys = sampling.sample_keys(seed, jnp.arange(count))
+
+    def pick(key: jax.Array) -> jax.Array:
+        return jax.random.randint(jax.random.fold_in(key, LABEL_TAG), (), 0, len(classes))
+
+    return np.asarray(classes, np.int32)[jax.vmap(pick)(keys)]
+
+
+def make_condition(
+    labels: np.ndarray, config: Config, mask: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """The condition of labels `[N]` and, for a model with masks, of mask `[H, W]` or `[N, H, W]`.
+
+    A model with masks gets the null mask if none is given.
+    """
+    condition = {"y": np.asarray(labels, np.int32)}
+    if config.data.mask_classes:
+        H, W, _ = config.input_shape
+        null = np.uint8(config.data.mask_classes)
+        condition["mask"] = np.broadcast_to(null if mask is None else mask, (len(labels), H, W))
+    return condition
+
+
+def example_masks(dataset: Dataset, labels: np.ndarray) -> np.ndarray:
+    """A mask for each label, `[N, H, W]`: of an image of the class, if there is one in 1,000."""
+    records = [dataset.records[i] for i in range(min(len(dataset.records), 1000))]
+    masks = []
+    for i, label in enumerate(labels):
+        candidates = [record for record in records if record["label"] == label] or records
+        masks.append(candidates[i % len(candidates)]["mask"])
+    return np.stack(masks)
+
+
+# Drawing it
+
+
+def make_draw(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    condition: dict[str, np.ndarray],
+    batch_size: int,
+    *,
+    sampler: str,
+    steps: int,
+    guidance: float = 1.0,
+    eta: float = 0.0,
+    cfg_channels: int | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    seed: int = 0,
+    style: jax.Array | None = None,
+    style_strength: float = 1.0,
+) -> Draw:
+    """The function (model, vae, first) -> uint8 `[n, H, W, C]`, sampled on all devices of the mesh.
+
+    It draws the samples first .. first + n - 1 of the N that `condition` describes, where n is
+    `batch_size`, or fewer at the end. Sample i is a function of (seed, i), whatever the batch and
+    the number of devices. vae is None for pixels. style: pixels or latents `[1, h, w, C]`, whose
+    channel means and deviations each prediction of x_0 takes.
+    """
+    process = make_objective(config)
+    num_samples = len(condition["y"])
+    batch_size = min(batch_size, num_samples)
+
+    def correct(x0: jax.Array) -> jax.Array:
+        if style is not None:
+            x0 = AdaIN(style_strength)(x0, style)
+        return x0 if config.data.latents else sampling.clip_pixels(x0)
+
+    @partial(jax.jit, out_shardings=replicated(mesh))
+    def sample(model: DiT, vae: Any, condition: Condition, indices: jax.Array) -> jax.Array:
+        null = null_condition(condition, config.data)
+        denoise = sampling.guided(model, condition, null, guidance, cfg_channels, guidance_interval)
+        run = sampling.ddpm if sampler == "ddpm" else partial(sampling.ddim, eta=eta)
+        keys = sampling.sample_keys(seed, indices)
+        x = run(process, denoise, keys, config.input_shape, steps, correct=correct)
+        return to_uint8(x) if vae is None else decode(vae, x, config, mesh.devices.size)
+
+    def draw(model: DiT, vae: Any, first: int) -> np.ndarray:
+        stop = min(first + batch_size, num_samples)
+        rows = {name: value[first:stop] for name, value in condition.items()}
+        inputs = place_rows((rows, np.arange(first, stop)), batch_size, mesh)
+        return np.asarray(sample(model, vae, *inputs))[: stop - first]
+
+    return draw
+
+
+def decode(vae: Any, latents: jax.Array, config: Config, devices: int) -> jax.Array:
+    """Scaled latents `[B, h, w, C]` to uint8 `[B, H, W, 3]`, as many at a time as fit a device."""
+    at_once = DECODED_PIXELS // config.data.image_size**2
+    parts = num_parts(len(latents) // devices, at_once)
+    scale = config.data.latent_scale
+    return map_parts(lambda z: to_uint8(vae.decode(z / scale)), latents, parts)
+
+
+def make_grid_sampler(
+    config: Config, vae: Any, dataset: Dataset, mesh: jax.sharding.Mesh
+) -> Callable[[DiT], tuple[np.ndarray, list[str]]]:
+    """The function (model) -> uint8 `[rows * 8, H, W, C]` from fixed noise, and the rows' names."""
+    train = config.train
+    classes = spread_classes(config.data.num_classes)
+    labels = np.repeat(classes, GRID_COLUMNS)
+    masks = example_masks(dataset, labels) if config.data.mask_classes else None
+    draw = make_draw(
+        config,
+        mesh,
+        make_condition(labels, config, masks),
+        len(labels),
+        sampler=train.sampler,
+        steps=train.sample_steps,
+        guidance=train.guidance,
+        seed=train.seed,
+    )
+    names = short_names(classes, dataset.class_names)
+    return lambda model: (draw(model, vae, 0), names)
+
+
+def short_names(classes: Iterable[int], class_names: tuple[str, ...]) -> list[str]:
+    """The name of each class without its synonyms."""
+    return [class_names[k].split(",")[0] for k in classes]
+
+
+def draw_all(draw: Draw, model: DiT, vae: Any, num_samples: int, batch_size: int) -> np.ndarray:
+    """All samples, uint8 `[N, H, W, C]`."""
+    images = []
+    progress = Progress(num_samples, "image")
+    for first in range(0, num_samples, batch_size):
+        images.append(draw(model, vae, first))
+        progress.advance(len(images[-1]))
+    progress.close()
+    return np.concatenate(images)
+
+
+def draw_npz(
+    draw: Draw, model: DiT, vae: Any, labels: np.ndarray, batch_size: int, out: Path, parts: Path
+) -> None:
+    """Draws every sample into `out`, in files of one batch that a second call goes on from.
+
+    The folder `parts` has to exist on all hosts; each host draws its share of the files.
+    """
+    firsts = range(0, len(labels), batch_size)
+    paths = [parts / f"{first:09d}.npy" for first in firsts]
+    drawn = sum(len(np.load(path, mmap_mode="r")) for path in paths if path.exists())
+    progress = Progress(len(labels), "image", drawn)
+    mine = slice(jax.process_index(), None, jax.process_count())
+    for first, path in list(zip(firsts, paths, strict=True))[mine]:
+        if path.exists():
+            continue
+        images = draw(model, vae, first)
+        with whole(path) as unfinished, unfinished.open("wb") as file:
+            np.save(file, images)
+        progress.advance(len(images))
+    multihost_utils.sync_global_devices("every file of a batch is written")
+    if jax.process_index() == 0:
+        write_npz(out, paths, labels.astype(np.int64))

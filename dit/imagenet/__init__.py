@@ -1,0 +1,1 @@
+"""What needs somebody else's weights: the VAE, Inception, published checkpoints."""

@@ -1,0 +1,110 @@
+"""Published weights in and out: python -m dit.imagenet.convert SOURCE OUT [--to LAYOUT]
+
+Reads a DiT of the authors' release (.pt: a state dict or a training checkpoint with `ema`; the same
+names in .safetensors) or of diffusers (a folder with config.json), and writes a folder that
+sample.py takes. With --to, SOURCE is such a folder or a run's, and OUT a .pt or .safetensors file
+(official) or a folder (diffusers). Every tensor and every shape is accounted for.
+"""
+
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from dit import cli
+from dit.config import Config, InputError, PositiveInt, require
+
+Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+Out = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
+
+
+@dataclass(frozen=True)
+class Convert:
+    source: Source  # published weights; with --to, ours
+    out: Out  # what to write; it should not exist yet
+    to: Literal["official", "diffusers"] | None = None  # the layout to write ours in
+    num_heads: PositiveInt | None = None  # of an official DiT of unusual width; no shape says them
+
+
+if __name__ == "__main__":  # --help and bad input are answered before jax is imported
+    cli.use_compilation_cache()
+    with cli.exit_status("dit.imagenet.convert"):
+        OPTIONS = cli.parse(Convert, sys.argv[1:], "python -m dit.imagenet.convert", __doc__)
+
+from dit import checkpoint
+from dit.data import imagenet_names
+from dit.imagenet.diffusers import read_diffusers, write_diffusers
+from dit.imagenet.official import from_official, to_official
+from dit.imagenet.tensors import read_tensors, write_tensors
+from dit.model import DiT, count_parameters
+
+
+def run(options: Convert) -> None:
+    """Converts, and prints what was converted. Raises InputError."""
+    source, out = Path(options.source), Path(options.out)
+    check_out(out)
+    if options.to is None:
+        model, config = read(source, options.num_heads)
+        names = class_names(config.data.num_classes)
+        checkpoint.save_weights(out, model, config, names)
+    else:
+        model, config = checkpoint.load(source)
+        write(model, out, options.to)
+    size = config.data.image_size
+    print(
+        f"wrote {out}: {config.name}, width {model.hidden_size}, {model.depth} blocks, "
+        f"{model.num_heads} heads, patch {model.patch_size}, {size}x{size}, "
+        f"{model.num_classes} classes, {count_parameters(model):,} parameters"
+    )
+
+
+def check_out(out: Path) -> None:
+    """Raises InputError unless OUT is a new name in a folder that can be written."""
+    folder = out.absolute().parent
+    require(not out.exists(), "OUT", str(out), "a name that is not taken yet")
+    require(folder.is_dir(), "OUT", str(out), "in a folder that exists")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(
+            f"OUT: {str(out)!r} should be in a folder that can be written ({error.strerror})"
+        ) from error
+
+
+def read(source: Path, num_heads: int | None) -> tuple[DiT, Config]:
+    """The model of a file in the authors' layout, or of a diffusers folder. Raises InputError."""
+    if source.is_dir():
+        tensors, num_heads = read_diffusers(source)
+    else:
+        tensors = read_tensors(source)
+    return from_official(tensors, num_heads, source)
+
+
+def class_names(num_classes: int) -> tuple[str, ...]:
+    """ImageNet's for 1,000 classes, otherwise the numbers."""
+    return imagenet_names() if num_classes == 1000 else tuple(map(str, range(num_classes)))
+
+
+def write(model: DiT, out: Path, layout: str) -> None:
+    """Writes a model in the layout "official" or "diffusers". Raises InputError."""
+    design, masks, ratio = model.conditioning, model.mask_classes, model.mlp_ratio
+    expected = "of adaln_zero blocks, which the other layouts have"
+    require(design == "adaln_zero", "SOURCE", design, expected)
+    expected = "0: the other layouts have no masks"
+    require(masks == 0, "SOURCE: data.mask_classes", masks, expected)
+    if layout == "official":
+        is_file = out.suffix in (".pt", ".safetensors")
+        require(is_file, "OUT", str(out), "a .pt or .safetensors file")
+        write_tensors(out, to_official(model))
+    else:
+        expected = "4, the only one that diffusers knows"
+        require(ratio == 4, "SOURCE: model.mlp_ratio", ratio, expected)
+        write_diffusers(out, model)
+
+
+if __name__ == "__main__":
+    with cli.exit_status("dit.imagenet.convert"):
+        run(OPTIONS)

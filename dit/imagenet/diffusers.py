@@ -1,0 +1,141 @@
+"""diffusers' layout of a DiT: a folder of config.json and weights, to and from official tensors.
+
+diffusers keeps queries, keys and values apart, a copy of the embeddings of t and y in each block,
+and no positions.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dit.config import InputError, one_line
+from dit.files import whole
+from dit.imagenet import tensors as files
+from dit.imagenet.official import positions_of, to_official
+from dit.imagenet.tensors import Tensors
+from dit.model import DiT
+
+# The authors' module: those of diffusers, {} the number of the block
+BLOCK = "transformer_blocks.{}"
+NAMES = {
+    "x_embedder.proj": ["pos_embed.proj"],
+    "t_embedder.mlp.0": [f"{BLOCK}.norm1.emb.timestep_embedder.linear_1"],
+    "t_embedder.mlp.2": [f"{BLOCK}.norm1.emb.timestep_embedder.linear_2"],
+    "y_embedder.embedding_table": [f"{BLOCK}.norm1.emb.class_embedder.embedding_table"],
+    "adaLN_modulation.1": [f"{BLOCK}.norm1.linear"],
+    "attn.qkv": [f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn1.to_k", f"{BLOCK}.attn1.to_v"],
+    "attn.proj": [f"{BLOCK}.attn1.to_out.0"],
+    "mlp.fc1": [f"{BLOCK}.ff.net.0.proj"],
+    "mlp.fc2": [f"{BLOCK}.ff.net.2"],
+    "final_layer.adaLN_modulation.1": ["proj_out_1"],
+    "final_layer.linear": ["proj_out_2"],
+}
+
+
+def diffusers_names(name: str, depth: int) -> list[str]:
+    """Where diffusers keeps an official tensor: in parts, in copies, in one place, or nowhere."""
+    if name == "pos_embed":
+        return []
+    block, module, kind = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.*)\.(weight|bias)", name).groups()
+    is_copied = module.startswith(("t_embedder", "y_embedder"))
+    blocks = range(depth) if is_copied else [block]
+    return [f"{pattern.format(i)}.{kind}" for i in blocks for pattern in NAMES[module]]
+
+
+def to_diffusers(official: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Official tensors as diffusers keeps them."""
+    depth = sum(name.endswith("attn.qkv.weight") for name in official)
+    tensors = {}
+    for name, tensor in official.items():
+        names = diffusers_names(name, depth)
+        parts = jnp.split(tensor, 3) if ".attn.qkv." in name else [tensor] * len(names)
+        tensors |= dict(zip(names, parts, strict=True))
+    return tensors
+
+
+def read_diffusers(folder: Path) -> tuple[Tensors, int]:
+    """The official tensors of a DiT's folder or its pipeline's, and its number of heads.
+
+    Raises InputError.
+    """
+    folder = files.component_folder(folder, "transformer")
+    model, source = abstract_model(folder), files.weights_file(folder)
+    tensors = files.read_tensors(source)
+    tensors.pop("pos_embed.pos_embed", None)  # older files keep the fixed positions
+    expected = jax.eval_shape(to_official, model)
+    files.account(tensors, jax.eval_shape(to_diffusers, expected), source)
+    official = {"pos_embed": positions_of(model)}
+    for name in expected.keys() - official.keys():
+        names = diffusers_names(name, model.depth)
+        parts = [tensors[part] for part in names]
+        if ".attn.qkv." in name:
+            official[name] = np.concatenate(parts)
+        else:
+            check_copies(names, parts, source)
+            official[name] = parts[0]
+    return official, model.num_heads
+
+
+def check_copies(names: list[str], copies: list[np.ndarray], source: Path) -> None:
+    """Raises InputError for a copy that differs from the first."""
+    for name, copy in zip(names, copies, strict=True):
+        if not np.array_equal(copy, copies[0]):
+            raise InputError(
+                f"{source}: {name} differs from {names[0]}, of which it should be a copy"
+            )
+
+
+def abstract_model(folder: Path) -> DiT:
+    """The model that config.json describes, without its arrays. Raises InputError."""
+    config = files.read_class_config(folder, "DiTTransformer2DModel", "Transformer2DModel")
+    try:
+        num_heads, channels = config["num_attention_heads"], config["in_channels"]
+        sizes = dict(
+            input_size=config["sample_size"],
+            patch_size=config["patch_size"],
+            in_channels=channels,
+            hidden_size=num_heads * config["attention_head_dim"],
+            depth=config["num_layers"],
+            num_heads=num_heads,
+            num_classes=config["num_embeds_ada_norm"],
+            learn_sigma=(config.get("out_channels") or channels) == 2 * channels,
+        )
+        return jax.eval_shape(lambda: DiT(**sizes, rngs=nnx.Rngs(0)))
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        path = folder / "config.json"
+        raise InputError(f"{path}: should describe a DiT ({reason})") from error
+
+
+def write_diffusers(folder: Path, model: DiT) -> None:
+    with whole(folder) as unfinished:
+        unfinished.mkdir()
+        config = json.dumps(class_config(model), indent=2)
+        (unfinished / "config.json").write_text(config + "\n")
+        weights = unfinished / "diffusion_pytorch_model.safetensors"
+        files.write_tensors(weights, to_diffusers(to_official(model)))
+
+
+def class_config(model: DiT) -> dict[str, Any]:
+    return {
+        "_class_name": "DiTTransformer2DModel",
+        "num_attention_heads": model.num_heads,
+        "attention_head_dim": model.hidden_size // model.num_heads,
+        "in_channels": model.in_channels,
+        "out_channels": model.in_channels * (1 + model.learn_sigma),
+        "num_layers": model.depth,
+        "sample_size": model.input_size,
+        "patch_size": model.patch_size,
+        "num_embeds_ada_norm": model.num_classes,
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+        "norm_type": "ada_norm_zero",
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+    }

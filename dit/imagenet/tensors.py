@@ -1,0 +1,208 @@
+"""Tensors in other people's files: safetensors, PyTorch state dicts, folders of diffusers.
+
+Every tensor and every shape is accounted for before anything is used. PyTorch names parameters
+differently from Flax and turns kernels around:
+
+    Flax                                PyTorch
+    X.kernel  [in, out]                 X.weight  [out, in]
+    X.kernel  [height, width, in, out]  X.weight  [out, in, height, width]
+    X.scale, X.embedding                X.weight
+    X.bias                              X.bias
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dit.config import InputError, one_line, require
+from dit.files import whole
+
+Tensors = dict[str, np.ndarray]
+
+
+# Names and orientation
+
+
+def torch_name(path: str) -> str:
+    """PyTorch's name of the parameter at a path such as "mlp.up.kernel"."""
+    module, kind = path.rsplit(".", 1)
+    return f"{module}.bias" if kind == "bias" else f"{module}.weight"
+
+
+def to_torch(path: str, parameter: jax.Array) -> jax.Array:
+    """A parameter in PyTorch's orientation."""
+    if not path.endswith(".kernel"):
+        return parameter
+    return parameter.transpose(3, 2, 0, 1) if parameter.ndim == 4 else parameter.T
+
+
+def from_torch(path: str, tensor: np.ndarray) -> np.ndarray:
+    """The inverse of `to_torch`."""
+    if not path.endswith(".kernel"):
+        return tensor
+    return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
+
+
+def parameters_by_path(model: nnx.Module) -> dict[str, jax.Array]:
+    """{"mlp.up.kernel": ..., ...}, in the order of the model's leaves."""
+    parameters = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        parameters[name.removesuffix(".value")] = leaf
+    return parameters
+
+
+def with_parameters(
+    model: nnx.Module, make: Callable[[str, tuple[int, ...]], np.ndarray]
+) -> nnx.Module:
+    """The abstract model with `make(path, shape)` for each of its parameters."""
+    shapes = {path: leaf.shape for path, leaf in parameters_by_path(model).items()}
+    leaves = [jnp.asarray(make(path, shape)) for path, shape in shapes.items()]
+    return jax.tree.unflatten(jax.tree.structure(model), leaves)
+
+
+def torch_layout(model: nnx.Module) -> dict[str, jax.Array]:
+    """The parameters of a model whose attributes are named as in the PyTorch file."""
+    parameters = parameters_by_path(model)
+    return {torch_name(path): to_torch(path, leaf) for path, leaf in parameters.items()}
+
+
+def from_torch_layout(model: nnx.Module, tensors: Tensors) -> nnx.Module:
+    """The inverse of `torch_layout`, for an abstract model and tensors already accounted for."""
+    return with_parameters(model, lambda path, shape: from_torch(path, tensors[torch_name(path)]))
+
+
+def account(tensors: Tensors, expected: dict[str, Any], source: Path) -> None:
+    """Raises InputError for the first tensor that is missing, of another shape, or unknown."""
+    for name, tensor in expected.items():
+        if name not in tensors:
+            raise InputError(f"{source}: {name} is missing; it should be of shape {tensor.shape}")
+        shape = tensors[name].shape
+        if shape != tensor.shape:
+            hint = ": it is transposed" if shape == tensor.shape[::-1] else ""
+            raise InputError(
+                f"{source}: {name} has shape {shape}, which should be {tensor.shape}{hint}"
+            )
+    for name in sorted(tensors.keys() - expected.keys()):
+        shape = tensors[name].shape
+        raise InputError(f"{source}: {name} of shape {shape} is unknown; it should not be there")
+
+
+# Files
+
+
+def read_tensors(path: Path) -> Tensors:
+    """The tensors of a .safetensors file or of a PyTorch state dict, float32. Raises InputError."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: should be a file of weights, and there is none")
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_state_dict(path)
+
+
+def read_safetensors(path: Path) -> Tensors:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: np.asarray(file.get_tensor(name), np.float32) for name in file.keys()}
+    except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{path}: should be a whole safetensors file of floating-point numbers "
+            f"({one_line(error)})"
+        ) from error
+
+
+def read_state_dict(path: Path) -> Tensors:
+    """A PyTorch file; of a training checkpoint its `ema`. Code in it is never run."""
+    torch = import_torch(path)
+    try:
+        # a training checkpoint keeps its options in a Namespace, of plain values
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(stored, dict):
+            stored = stored.get("ema", stored)
+        tensors = to_numpy(stored, torch)
+    except Exception as error:  # torch raises nearly anything for a file that is not its own
+        raise InputError(
+            f"{path}: should be a PyTorch state dict, readable without unpickling code "
+            f"({type(error).__name__})"
+        ) from error
+    if tensors is None:
+        kind = type(stored).__name__
+        raise InputError(
+            f"{path}: holds {kind!r}, which should be a PyTorch state dict: tensors by their names"
+        )
+    return tensors
+
+
+def to_numpy(stored: Any, torch: ModuleType) -> Tensors | None:
+    """A state dict as float32 arrays, None if it is something else."""
+    if not isinstance(stored, dict) or not stored:
+        return None
+    are_names = all(isinstance(name, str) for name in stored)
+    are_tensors = all(isinstance(value, torch.Tensor) for value in stored.values())
+    if not are_names or not are_tensors:
+        return None
+    return {name: value.detach().float().numpy() for name, value in stored.items()}
+
+
+def write_tensors(path: Path, tensors: dict[str, jax.Array]) -> None:
+    """Writes a .safetensors file, or a PyTorch state dict for any other suffix."""
+    arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    with whole(path) as unfinished:
+        if path.suffix == ".safetensors":
+            from safetensors.numpy import save_file
+
+            save_file(arrays, unfinished, metadata={"format": "pt"})
+        else:
+            torch = import_torch(path)
+            torch.save({name: torch.tensor(a) for name, a in arrays.items()}, unfinished)
+
+
+def import_torch(path: Path) -> ModuleType:
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            f"{path}: a {path.suffix} file needs PyTorch: pip install -c constraints.txt "
+            "-e '.[torch]'"
+        ) from error
+    return torch
+
+
+# Folders of diffusers
+
+
+def component_folder(folder: Path, name: str) -> Path:
+    """The folder of a pipeline's component, or the folder itself if it is one."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def read_class_config(folder: Path, *classes: str) -> dict[str, Any]:
+    """The config.json of one of the classes of diffusers. Raises InputError."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: should be the config.json of a diffusers {classes[0]} ({one_line(error)})"
+        ) from error
+    found = config.get("_class_name") if isinstance(config, dict) else config
+    is_right = isinstance(config, dict) and found in classes
+    require(is_right, f"{path}: _class_name", found, f"{classes[0]!r}")
+    return config
+
+
+def weights_file(folder: Path) -> Path:
+    """The weights of a diffusers folder: safetensors before a PyTorch file."""
+    safetensors = folder / "diffusion_pytorch_model.safetensors"
+    pytorch = folder / "diffusion_pytorch_model.bin"
+    return pytorch if pytorch.is_file() and not safetensors.is_file() else safetensors

@@ -1,0 +1,329 @@
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+import pytest
+from conftest import run_sample, run_train, tiny_config
+from jax.experimental import multihost_utils
+
+from dit import checkpoint, cli
+from dit.config import Config, Diverged, InputError, PositiveInt, Probability
+from dit.state import make_model
+
+ROOT = Path(__file__).resolve().parent.parent
+
+COMMANDS = {  # how each command is called, with the arguments that it cannot do without
+    "train.py": ["digits"],
+    "sample.py": ["runs/digits"],
+    "plan.py": ["digits"],
+    "-m dit.identity": ["digits"],
+    "-m dit.imagenet.fid": ["x.npz", "--reference", "digits", "--inception", "x.pth"],
+    "-m dit.imagenet.latents": ["imagenet2012", "--vae", "x", "--out", "y"],
+    "-m dit.imagenet.convert": ["x.pt", "y"],
+}
+
+
+@pytest.fixture
+def without_jax(tmp_path):
+    """Runs `python *argv` where importing jax fails."""
+    (tmp_path / "no_jax").mkdir()
+    (tmp_path / "no_jax/jax.py").write_text('raise ImportError("jax was imported")')
+    path = [str(tmp_path / "no_jax"), os.environ.get("PYTHONPATH", "")]
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+    def run(*argv) -> subprocess.CompletedProcess:
+        command = [sys.executable, *[str(a) for a in argv]]
+        return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+
+    return run
+
+
+# Before jax is imported
+
+
+def test_the_stand_in_for_jax_is_found(without_jax):
+    assert "jax was imported" in without_jax("-c", "import jax").stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_answered_without_jax(without_jax, command):
+    answer = without_jax(*command.split(), "--help")
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert answer.stdout.startswith("usage: ")
+    for word in command.split():
+        assert word in answer.stdout.splitlines()[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_typo_is_answered_in_one_line_without_jax(without_jax, command):
+    answer = without_jax(*command.split(), *COMMANDS[command], "--stpes", "3")
+    assert (answer.returncode, answer.stdout) == (2, "")
+    lines = answer.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(command.removeprefix("-m ") + ": Unrecognized options: --stpes")
+    assert "--help)" in lines[0]
+
+
+@pytest.mark.parametrize("command", ["train.py", "plan.py", "-m dit.identity"])
+def test_fields_that_do_not_go_together_are_refused_without_jax(without_jax, command):
+    answer = without_jax(*command.split(), "digits", "--model.num-heads", "3")
+    words = "model.hidden_size: 128 should be a multiple of num_heads = 3"
+    name = command.removeprefix("-m ")
+    assert (answer.returncode, answer.stderr) == (2, f"{name}: {words}\n")
+
+
+def test_sample_holds_its_options_against_the_stored_run_without_jax(without_jax, tmp_path):
+    config = tiny_config()
+    model = make_model(config, jax.random.key(0))
+    weights = tmp_path / "weights"
+    checkpoint.save_weights(weights, model, config, tuple("0123456789"))
+    answer = without_jax("sample.py", weights, "--classes", "10")
+    expected = "sample.py: --classes: 10 should be from 0 to 9: the model has 10 classes\n"
+    assert (answer.returncode, answer.stderr) == (2, expected)
+    answer = without_jax("sample.py", weights, "--steps", "102")
+    expected = "sample.py: --steps: 102 should be from 1 to the model's 101 timesteps\n"
+    assert (answer.returncode, answer.stderr) == (2, expected)
+    answer = without_jax("sample.py", tmp_path)
+    assert answer.returncode == 2
+    assert "should hold an intact checkpoint" in answer.stderr
+
+
+def test_help_documents_every_field(without_jax):
+    answer = without_jax("train.py", "digits", "--help").stdout
+    text = " ".join(answer.replace("│", " ").split())
+    for section in dataclasses.fields(Config):
+        if section.name == "name":
+            continue
+        for field in dataclasses.fields(section.default_factory):
+            flag = f"--{section.name}.{field.name}".replace("_", "-")
+            behind = re.split(rf"{flag}[ ,]", text, maxsplit=1)[1]
+            described = behind.split("(default:")[0].split("} ")[-1]
+            words = re.sub(r"^.*?([a-z`])", r"\1", described)
+            assert len(words.split()) >= 2, flag
+
+
+# Presets
+
+
+def test_presets_go_by_the_names_of_their_files():
+    names = cli.preset_names()
+    assert {"digits", "cifar10", "imagenet256_xl2"} <= set(names)
+    assert names == sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+    assert cli.load_preset("digits") == cli.load_preset(str(ROOT / "configs/digits.py"))
+
+
+def test_presets_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.load_preset("digits").name == "digits"
+
+
+def test_help_names_the_presets(without_jax):
+    answer = " ".join(without_jax("train.py", "--help").stdout.split())
+    assert f"Presets: {', '.join(cli.preset_names())}." in answer
+
+
+def test_a_command_of_the_package_runs_in_any_folder(tmp_path):
+    tiny = "--model.hidden-size 20 --model.depth 2 --model.num-heads 5".split()
+    command = [sys.executable, "-m", "dit.identity", "digits", *tiny]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert "every one of the 2 blocks is the identity, bit for bit" in answer.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line_changes_the_preset():
+    argv = "digits --train.batch-size 64 --workdir here --data.flip True --train.keep-every 7"
+    config = cli.parse_config(argv.split(), "train.py", "")
+    digits = cli.load_preset("digits")
+    changed = dict(batch_size=64, workdir="here", keep_every=7)
+    assert config.train == dataclasses.replace(digits.train, **changed)
+    assert config.data == dataclasses.replace(digits.data, flip=True)
+    assert config.model == digits.model
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (
+            "from dit.config import *\nconfig = Config(model=Model(hiden_size=3))",
+            "unexpected keyword argument 'hiden_size'",
+        ),
+        ("config = 3", "config: 3 should be a Config(...)"),
+        ("", "config: None should be a Config(...)"),
+        ("config = (", "was never closed"),
+        ("config = 1 / 0", "ZeroDivisionError: division by zero"),
+        ("raise ValueError('two\\nlines')", "ValueError: two lines"),
+        ("from dit.config import *\nconfig = Config(model=Train())", "model: Train("),
+        (
+            "from dit.config import *\nconfig = Config(train=Train(steps='3'))",
+            "train.steps: '3' should be of type int",
+        ),
+        (
+            "from dit.config import *\nconfig = Config(model=Model(remat=None))",
+            "model.remat: None should be of type bool",
+        ),
+    ],
+)
+def test_a_config_file_that_cannot_be_is_refused_in_one_line(refused, tmp_path, text, words):
+    (tmp_path / "mine.py").write_text(text)
+    assert words in refused(run_train, tmp_path / "mine.py")
+
+
+# Command lines
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (
+            ["cifar100"],
+            "preset: 'cifar100' is neither a preset nor a Python file; "
+            "the nearest preset is 'cifar10'",
+        ),
+        (
+            ["digits", "--model.hiden-size", "3"],
+            "Unrecognized options: --model.hiden-size, 3 Perhaps you meant: --model.hidden-size",
+        ),
+        (
+            ["digits", "--train.steps", "ten"],
+            "Error parsing --train.steps: invalid literal for int() with base 10: 'ten'",
+        ),
+        (
+            ["digits", "--train.dtype", "float16"],
+            "invalid choice 'float16' for argument '--train.dtype'",
+        ),
+        (["digits", "--train.steps"], "Missing value for argument '--train.steps'"),
+        (["digits", "--train.steps", "0"], "train.steps: 0 should be more than 0"),
+        ([], "preset: missing; it should come first, one of cifar10, cifar10_tiny, digits"),
+        (["nowhere.py"], "preset: 'nowhere.py' is neither a preset nor a Python file"),
+    ],
+)
+def test_a_command_line_that_cannot_be_is_refused_in_one_line(refused, argv, words):
+    line = refused(run_train, *argv)
+    assert line.startswith("train.py: ")
+    assert words in line
+    assert not re.search("[╭─╮│╰╯]", line)
+
+
+@dataclass(frozen=True)
+class Options:
+    size: PositiveInt = 3  # of it
+    share_kept: Probability | None = None  # of it
+    kind: Literal["a", "b"] = "a"  # of it
+    draws: bool = True  # or not
+
+
+def parse(text: str) -> Options:
+    return cli.parse(Options, text.split(), "x.py", "What it is.")
+
+
+def test_options_come_from_a_dataclass_and_keep_to_its_ranges():
+    assert parse("") == Options()
+    assert parse("--size 4 --share-kept 0.5 --kind b --no-draws") == Options(4, 0.5, "b", False)
+    with pytest.raises(InputError, match="^--size: 0 should be more than 0$"):
+        parse("--size 0")
+    with pytest.raises(InputError, match="^--share-kept: 1.5 should be a probability, from 0 to"):
+        parse("--share-kept 1.5")
+
+
+def test_a_presets_own_fields_and_other_options_stand_side_by_side():
+    @dataclass(frozen=True)
+    class Both:
+        config: Config
+        topology: str | None = None
+
+    argv = "digits --topology v5e:2x4".split()
+    preset, flags = cli.split_preset(argv, Both, "x.py", "")
+    assert preset == cli.load_preset("digits")
+    assert flags == ["--topology", "v5e:2x4"]
+
+
+# Exit statuses
+
+
+@pytest.mark.parametrize("error, status", [(InputError("a: 1"), 2), (Diverged("loss: nan"), 1)])
+def test_bad_input_exits_with_2_and_a_run_that_diverged_with_1(capsys, error, status):
+    with pytest.raises(SystemExit) as stop, cli.exit_status("x.py"):
+        raise error
+    assert stop.value.code == status
+    assert capsys.readouterr().err == f"x.py: {error}\n"
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(capsys):
+    with pytest.raises(ZeroDivisionError), cli.exit_status("x.py"):
+        1 / 0  # noqa: B018
+    with cli.exit_status("x.py"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_a_command_in_this_process_answers_as_its_own_process_does(refused, without_jax):
+    argv = ["nowhere", "--eta", "3"]
+    line = refused(run_sample, *argv)
+    assert without_jax("sample.py", *argv).stderr == line + "\n"
+
+
+def test_programs_are_cached_unless_jaxs_variables_say_where(monkeypatch):
+    names = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    for name in names:
+        monkeypatch.setenv(name, "mine")
+    cli.use_compilation_cache()
+    assert [os.environ[name] for name in names] == ["mine", "mine"]
+    for name in names:
+        monkeypatch.delenv(name)
+    cli.use_compilation_cache()
+    assert os.environ[names[0]].endswith("minimal-dit/xla")
+    assert float(os.environ[names[1]]) < 1
+
+
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_second_acts_as_ever(number):
+    received = []
+    before = signal.signal(number, lambda number, frame: received.append(number))
+    try:
+        with cli.StopRequest() as stop:
+            assert not stop.anywhere()
+            signal.raise_signal(number)
+            assert stop.anywhere()
+            assert received == []
+            signal.raise_signal(number)
+            assert received == [number]
+        signal.raise_signal(number)
+        assert received == [number, number]
+    finally:
+        signal.signal(number, before)
+
+
+def test_after_a_run_that_was_not_stopped_signals_act_as_ever():
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyError), cli.StopRequest() as stop:
+        assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] != handlers
+        raise KeyError
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert not stop.requested
+
+
+def test_one_process_that_was_asked_to_stop_stops_them_all(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    others = [False]
+
+    def gather(flag: np.ndarray) -> np.ndarray:
+        return np.array([flag, *others])
+
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    with cli.StopRequest() as stop:
+        assert not stop.anywhere()
+        others[0] = True
+        assert stop.anywhere()
+        assert not stop.requested

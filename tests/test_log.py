@@ -1,0 +1,345 @@
+import io
+import json
+import re
+import sys
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_config
+from PIL import Image
+
+from dit import log
+from dit.config import Config, Diverged
+
+METRICS = {"loss": 1.0, "mse": 0.75, "vb": 0.25, "grad_norm": 2.0, "learning_rate": 1e-3}
+
+
+def config_in(workdir: Path, **train) -> Config:
+    (workdir / "samples").mkdir()
+    return tiny_config(train=dict(workdir=str(workdir), steps=9, **train))
+
+
+def rows(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+class Time:
+    """A clock that tests set."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(log.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(log.time, "monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def time(monkeypatch) -> Time:
+    return Time(monkeypatch)
+
+
+# Progress
+
+
+def test_progress_prints_a_line_at_most_every_five_seconds_and_at_the_end(time):
+    file = io.StringIO()
+    progress = log.Progress(10, "image", file=file)
+    for seconds in [2, 1, 1, 1, 3, 0]:  # at 102, 103, 104, 105, 108, 108
+        time.now += seconds
+        progress.advance(1)
+    time.now += 1
+    progress.advance(4)
+    progress.close()
+    assert file.getvalue().splitlines() == [
+        "image 1/10  0.5 images/s",
+        "image 5/10  0.6 images/s",
+        "image 10/10  1.1 images/s",
+    ]
+
+
+def test_progress_that_goes_on_does_not_count_what_was_done_before(time, capsys):
+    progress = log.Progress(50_000, "image", done=1000)
+    time.now += 2
+    progress.advance(24)
+    assert progress.rate == 12
+    assert capsys.readouterr() == ("", "image 1024/50000  12.0 images/s\n")
+
+
+def test_progress_over_items_counts_each():
+    progress = log.Progress(3, "file", file=io.StringIO())
+    assert list(progress.over("abc")) == ["a", "b", "c"]
+    assert progress.done == 3
+
+
+def test_a_terminal_shows_a_bar_and_no_lines(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    progress = log.Progress(8, "step", done=3)
+    progress.advance(2, "loss 0.2500")
+    assert not progress.bar.disable
+    assert (progress.bar.n, progress.bar.total) == (5, 8)
+    assert progress.bar.postfix == "loss 0.2500"
+    progress.close()
+    assert "\nstep 5/8" not in capsys.readouterr().err
+
+
+# Rates
+
+
+def test_the_clock_counts_images_flops_and_the_share_of_the_peak(time):
+    clock = log.Clock(flops_per_image=3e12)
+    clock.peak = 10e12
+    time.now += 5
+    clock.stop()
+    time.now += 4  # not training
+    clock.start()
+    time.now += 3
+    clock.stop()
+    clock.images += 40
+    expected = {
+        "images_per_second": 5.0,
+        "tflops_per_second": 15.0,
+        "mfu": 15e12 / (10e12 * jax.device_count()),
+    }
+    assert clock.read() == pytest.approx(expected)
+    time.now += 100  # a reading begins where the clock is started
+    clock.start()
+    time.now += 2
+    clock.stop()
+    clock.images += 4
+    assert clock.read()["images_per_second"] == 2
+
+
+def test_the_peak_of_a_chip_goes_by_its_kind():
+    assert log.peak_flops("NVIDIA H200") == 989e12
+    assert log.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert log.peak_flops("TPU v5 lite") == 197e12
+    assert log.peak_flops("TPU v5p") == 459e12
+    assert log.peak_flops("TPU v6 lite") == 918e12
+    assert log.peak_flops("cpu") is None
+
+
+def test_a_chip_without_a_known_peak_has_no_share_of_it(time):
+    clock = log.Clock(1.0)
+    time.now += 1
+    clock.stop()
+    assert clock.peak is None
+    assert "mfu" not in clock.read()
+
+
+# Metrics
+
+
+class Late(float):
+    """A metric that notes when it is fetched."""
+
+    fetched = 0
+
+    def __float__(self):
+        Late.fetched += 1
+        return super().__float__()
+
+
+def test_metrics_are_fetched_one_step_late(tmp_path, monkeypatch):
+    monkeypatch.setattr(Late, "fetched", 0)
+    with log.Log(config_in(tmp_path), 0, 1.0) as run:
+        counts = []
+        for step in (1, 2, 3):
+            run.record(step, {name: Late(value) for name, value in METRICS.items()})
+            counts.append(Late.fetched)
+        assert counts == [0, 5, 10]
+        with run.paused():
+            assert Late.fetched == 15
+            run.write(3, {})
+    assert Late.fetched == 15, "each once"
+
+
+def test_a_line_of_metrics_is_the_mean_since_the_line_before(tmp_path):
+    with log.Log(config_in(tmp_path), 0, 1.0) as run:
+        for step, loss in [(1, 1.0), (2, 3.0), (3, 7.0)]:
+            run.record(step, METRICS | {"loss": loss})
+            if step > 1:
+                with run.paused():
+                    run.write(step, {"fid": 8.0} if step == 3 else {})
+    lines = rows(tmp_path)
+    assert [(row["step"], row["loss"]) for row in lines] == [(2, 2.0), (3, 7.0)]
+    names = METRICS.keys() | {"step", "images_per_second", "tflops_per_second"}
+    assert lines[0].keys() == names
+    assert lines[1].keys() == names | {"fid"}
+    assert lines[1]["fid"] == 8.0
+
+
+def test_what_is_done_in_a_pause_does_not_slow_the_rates(time, tmp_path):
+    with log.Log(config_in(tmp_path), 0, flops_per_image=2e12) as run:
+        for step in (1, 2):
+            time.now += 4
+            run.record(step, METRICS)
+            with run.paused():
+                time.now += 1000
+                run.write(step, {})
+                time.now += 1000
+    for row in rows(tmp_path):
+        assert row["images_per_second"] == 16 / 4
+        assert row["tflops_per_second"] == 2 * 16 / 4
+
+
+def test_the_bar_shows_loss_and_rates(time, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(log, "peak_flops", lambda kind: 5e12)
+    with log.Log(config_in(tmp_path), 0, flops_per_image=1e11) as run:
+        run.record(1, METRICS)
+        time.now += 0.5
+        with run.paused():
+            run.write(1, {})
+        run.record(2, METRICS | {"loss": 0.25})
+        run.fetch()
+        bar = run.progress.bar
+        assert bar.postfix == "loss 0.2500  32 images/s  3.2 TFLOP/s  MFU 8.0%"
+        assert (bar.n, bar.total) == (2, 9)
+
+
+def test_without_a_terminal_lines_on_stdout_show_loss_and_rates(time, tmp_path, capsys):
+    with log.Log(config_in(tmp_path), 7, flops_per_image=1e11) as run:
+        run.record(8, METRICS)
+        time.now += 0.5
+        with run.paused():
+            run.write(8, {})
+        run.record(9, METRICS | {"loss": 0.25})
+        run.fetch()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rstrip() for line in lines] == [
+        "step 8/9  loss 1.0000",
+        "step 9/9  loss 0.2500  32 images/s  3.2 TFLOP/s",
+    ]
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_names_the_step(
+    tmp_path, name, value
+):
+    with log.Log(config_in(tmp_path), 0, 1.0) as run:
+        run.record(1, METRICS)
+        with run.paused():
+            run.write(1, {})
+        run.record(2, METRICS | {name: value})  # may still be computed
+        with pytest.raises(Diverged) as refusal:
+            run.record(3, METRICS)
+    line = str(refusal.value)
+    assert "\n" not in line
+    assert line.startswith("loss: ")
+    assert f"{value}" in line
+    assert " at step 2 should be finite; " in line
+    assert f"the checkpoints in {str(tmp_path / 'checkpoints')!r} are from before it" in line
+    assert "a lower optim.learning_rate, or with optim.grad_clip" in line
+    assert [row["step"] for row in rows(tmp_path)] == [1]
+
+
+def test_no_checkpoint_is_saved_of_a_step_that_is_not_finite(tmp_path):
+    """The pause in which checkpoints are saved begins with a look at the step's own loss."""
+    with log.Log(config_in(tmp_path), 0, 1.0) as run:
+        run.record(1, METRICS | {"loss": np.nan})
+        with pytest.raises(Diverged), run.paused():
+            raise AssertionError("saved")
+
+
+# Files
+
+
+def test_a_resumed_run_drops_the_metrics_that_it_will_log_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with log.Log(config_in(tmp_path), 0, 1.0) as run:
+        for step in (1, 2, 3):
+            run.record(step, METRICS)
+            with run.paused():
+                run.write(step, {})
+    first, second, _ = path.read_text().splitlines(keepends=True)
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')  # killed while it wrote
+    log.drop_metrics_after(path, 2)
+    assert path.read_text() == first + second
+    log.drop_metrics_after(tmp_path / "nothing.jsonl", 2)
+    assert not (tmp_path / "nothing.jsonl").exists()
+
+
+def test_a_log_leaves_metrics_events_a_grid_and_a_plot(tmp_path):
+    tiles = np.zeros((6, 8, 8, 1), np.uint8)
+    with log.Log(config_in(tmp_path), 0, 1.0) as run:
+        run.record(1, METRICS)
+        with run.paused():
+            run.write(1, {})
+            run.grid(1, tiles, ["a", "b"])
+    names = {re.sub(r"\.out\..*", "", path.name) for path in tmp_path.iterdir()}
+    assert names == {"metrics.jsonl", "events", "samples", "loss.png"}
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["0000001.png"]
+    width, height = Image.open(tmp_path / "samples/0000001.png").size
+    assert height == 2 * 66 + 2
+    assert width > 3 * 66
+    assert Image.open(tmp_path / "loss.png").size[0] > 100
+
+
+def test_a_run_that_stops_before_its_first_line_still_closes(tmp_path):
+    with pytest.raises(KeyError), log.Log(config_in(tmp_path), 0, 1.0):
+        raise KeyError
+    assert rows(tmp_path) == []
+
+
+def test_only_process_0_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    config = config_in(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    log.say("hello")
+    with log.Log(config, 0, 1.0) as run:
+        run.record(1, METRICS)
+        with run.paused():
+            run.write(1, {})
+            run.grid(1, np.zeros((1, 8, 8, 1), np.uint8), ["0"])
+    progress = log.Progress(3, "image")
+    progress.advance(3)
+    progress.close()
+    assert capsys.readouterr() == ("", "")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_every_process_stops_at_a_loss_that_is_not_finite(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with log.Log(config_in(tmp_path), 0, 1.0) as run:
+        run.record(1, METRICS | {"loss": np.nan})
+        with pytest.raises(Diverged):
+            run.record(2, METRICS)
+
+
+def test_weights_and_biases_is_given_the_same_run_again_and_everything_logged(
+    tmp_path, monkeypatch
+):
+    calls = []
+
+    class Run:
+        def log(self, values, step):
+            calls.append((step, sorted(values)))
+
+        def finish(self):
+            calls.append("finish")
+
+    def init(**options):
+        calls.append(options["id"])
+        return Run()
+
+    wandb = types.SimpleNamespace(init=init, Image=np.asarray)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config = config_in(tmp_path, wandb=True)
+    for start in (0, 1):
+        with log.Log(config, start, 1.0) as run:
+            run.record(start + 1, METRICS)
+            with run.paused():
+                run.write(start + 1, {})
+                run.grid(start + 1, np.zeros((1, 8, 8, 1), np.uint8), ["0"])
+    names = sorted([*METRICS, "images_per_second", "tflops_per_second"])
+    identity = calls[0]
+    assert re.fullmatch("tiny-[0-9a-f]{8}", identity)
+    assert calls == [
+        *[identity, (1, names), (1, ["samples"]), "finish"],
+        *[identity, (2, names), (2, ["samples"]), "finish"],
+    ]
