@@ -25,9 +25,7 @@ class Plan:
 
 def parse(argv: list[str]) -> Plan:
     """The options of `PRESET_OR_FILE.py [--topology NAME] [--section.field value ...]`."""
-    preset, flags = cli.split_preset(argv, Plan, "plan.py", __doc__)
-    kind = tyro.conf.FlagConversionOff[Plan]
-    plan = cli.parse(kind, flags, f"plan.py {argv[0]}", __doc__, default=Plan(preset))
+    plan = cli.parse_preset(Plan, argv, "plan.py", __doc__, Plan)
     plan.config.validate()
     return plan
 

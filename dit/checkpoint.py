@@ -101,8 +101,13 @@ def stored_config(workdir: Path, step: int) -> Config:
     return from_json((step_folder(workdir, step) / "config/metadata").read_text())
 
 
+def dataset_facts(class_names: tuple[str, ...], num_examples: int | None) -> dict[str, Any]:
+    """What is kept of a data set beside the config. Converted weights have no `num_examples`."""
+    return {"class_names": list(class_names), "num_examples": num_examples}
+
+
 def stored_dataset(workdir: Path, step: int) -> dict[str, Any]:
-    """{"class_names": [...], "num_examples": int}, the latter None for converted weights."""
+    """The `dataset_facts` of a checkpoint."""
     return json.loads((step_folder(workdir, step) / "dataset/metadata").read_text())
 
 
@@ -197,10 +202,7 @@ class Checkpoints:
         from orbax.checkpoint import checkpoint_managers as policies
 
         self.config = config
-        self.facts = {
-            "class_names": list(dataset.class_names),
-            "num_examples": len(dataset.records),
-        }
+        self.facts = dataset_facts(dataset.class_names, len(dataset.records))
         self.folder = config.workdir.resolve() / "checkpoints"
         kept = [policies.LatestN(config.train.keep_last)]
         if config.train.keep_every:
@@ -300,7 +302,7 @@ def save_weights(path: Path, model: DiT, config: Config, class_names: tuple[str,
     """Writes a model that no run has trained as checkpoint 0 of a folder, which `load` reads."""
     import orbax.checkpoint as ocp
 
-    facts = {"class_names": list(class_names), "num_examples": None}
+    facts = dataset_facts(class_names, None)
     with whole(path.resolve()) as unfinished:
         folder = unfinished / "checkpoints" / "0"
         with ocp.StandardCheckpointer() as writer:

@@ -13,7 +13,7 @@ import re
 import runpy
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -100,9 +100,20 @@ def check_options(options: Any) -> None:
 
 def parse_config(argv: list[str], prog: str, description: str) -> Config:
     """The valid config of `PRESET_OR_FILE.py [--section.field value ...]`. Raises InputError."""
-    preset, flags = split_preset(argv, Config, prog, description)
-    kind = tyro.conf.FlagConversionOff[Config]
-    return parse(kind, flags, f"{prog} {argv[0]}", description, default=preset).validate()
+    return parse_preset(Config, argv, prog, description, lambda preset: preset).validate()
+
+
+def parse_preset(
+    kind: type[Options],
+    argv: list[str],
+    prog: str,
+    description: str,
+    make_default: Callable[[Config], Options],
+) -> Options:
+    """A dataclass whose defaults come from the preset that the line begins with."""
+    preset, flags = split_preset(argv, kind, prog, description)
+    prog, kind = f"{prog} {argv[0]}", tyro.conf.FlagConversionOff[kind]
+    return parse(kind, flags, prog, description, default=make_default(preset))
 
 
 def split_preset(

@@ -174,7 +174,7 @@ def open_tfds(config: Data) -> tuple[Decoded, tuple[str, ...]]:
 
     builder = tfds_builder(config.name)
     features = builder.info.features
-    image_key, label_key = builder.info.supervised_keys or ("image", "label")
+    image_key, label_key = record_keys(builder)
     channels, masks = features[image_key].shape[-1], config.mask_classes
     fits = channels in (config.channels, None)
     require(fits, "data.channels", config.channels, f"{channels}, as in {config.name!r}")
@@ -192,10 +192,11 @@ def tfds_config(name: str, split: str, image_size: int) -> Data:
     """The config of a whole data set, its channels and classes filled in. Raises InputError."""
     if name == "digits":
         return Data()
-    info = tfds_builder(name).info
-    image_key, label_key = info.supervised_keys or ("image", "label")
-    channels = info.features[image_key].shape[-1] or 3
-    classes = info.features[label_key].num_classes
+    builder = tfds_builder(name)
+    image_key, label_key = record_keys(builder)
+    features = builder.info.features
+    channels = features[image_key].shape[-1] or 3
+    classes = features[label_key].num_classes
     return Data(
         name=name, split=split, image_size=image_size, channels=channels, num_classes=classes
     )
@@ -221,14 +222,18 @@ def tfds_builder(name: str) -> Any:
             f"data.name: {name!r} should be `digits` or a TFDS data set; the nearest is {near!r}"
         ) from error
     features = dict(builder.info.features)
-    keys = builder.info.supervised_keys or ("image", "label")
-    kinds = [type(features.get(key)) for key in keys]
+    kinds = [type(features.get(key)) for key in record_keys(builder)]
     expected = "a TFDS data set of images with one class label"
     is_labelled = kinds == [tfds.features.Image, tfds.features.ClassLabel]
     require(is_labelled, "data.name", name, expected)
     if not builder.is_prepared():
         download(builder)
     return builder
+
+
+def record_keys(builder: Any) -> tuple[str, str]:
+    """The names under which records hold the image and its label."""
+    return builder.info.supervised_keys or ("image", "label")
 
 
 def download(builder: Any) -> None:

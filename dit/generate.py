@@ -1,6 +1,6 @@
 """Condition -> pictures: the one sampler that sample grids, `sample.py` and FID share."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from dit.config import Config
 from dit.data import Condition, Dataset, null_condition
 from dit.files import whole
 from dit.images import to_uint8, write_npz
-from dit.log import Progress
+from dit.log import Progress, with_progress
 from dit.model import DiT
 from dit.normalization import AdaIN
 from dit.sharding import map_parts, num_parts, place_rows, replicated
 from dit.state import make_objective
 
-DECODED_PIXELS = 2**19  # that the VAE decodes at a time on a device: 8 images of 256x256
+VAE_PIXELS = 2**19  # that the VAE decodes or encodes at a time on a device: 8 images of 256x256
 GRID_COLUMNS = 8
 LABEL_TAG = 2**30  # folded into a sample's key for its label; the samplers fold in timesteps
 
@@ -127,10 +127,14 @@ def make_draw(
 
 def decode(vae: Any, latents: jax.Array, config: Config, devices: int) -> jax.Array:
     """Scaled latents `[B, h, w, C]` to uint8 `[B, H, W, 3]`, as many at a time as fit a device."""
-    at_once = DECODED_PIXELS // config.data.image_size**2
-    parts = num_parts(len(latents) // devices, at_once)
+    parts = num_vae_parts(len(latents), config.data.image_size, devices)
     scale = config.data.latent_scale
     return map_parts(lambda z: to_uint8(vae.decode(z / scale)), latents, parts)
+
+
+def num_vae_parts(num_images: int, image_size: int, devices: int) -> int:
+    """The parts of a batch that the VAE takes one after the other, to fit a device's memory."""
+    return num_parts(num_images // devices, VAE_PIXELS // image_size**2)
 
 
 def make_grid_sampler(
@@ -160,15 +164,18 @@ def short_names(classes: Iterable[int], class_names: tuple[str, ...]) -> list[st
     return [class_names[k].split(",")[0] for k in classes]
 
 
+def draw_batches(
+    draw: Draw, model: DiT, vae: Any, num_samples: int, batch_size: int
+) -> Iterator[np.ndarray]:
+    """All samples, a batch at a time: uint8 `[n, H, W, C]`."""
+    for first in range(0, num_samples, batch_size):
+        yield draw(model, vae, first)
+
+
 def draw_all(draw: Draw, model: DiT, vae: Any, num_samples: int, batch_size: int) -> np.ndarray:
     """All samples, uint8 `[N, H, W, C]`."""
-    images = []
-    progress = Progress(num_samples, "image")
-    for first in range(0, num_samples, batch_size):
-        images.append(draw(model, vae, first))
-        progress.advance(len(images[-1]))
-    progress.close()
-    return np.concatenate(images)
+    batches = draw_batches(draw, model, vae, num_samples, batch_size)
+    return np.concatenate(list(with_progress(batches, num_samples)))
 
 
 def draw_npz(

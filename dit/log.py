@@ -95,6 +95,15 @@ class Progress:
         self.bar.close()
 
 
+def with_progress(batches: Iterable[np.ndarray], total: int) -> Iterator[np.ndarray]:
+    """Batches of images, each counted when the next is asked for."""
+    progress = Progress(total, "image")
+    for images in batches:
+        yield images
+        progress.advance(len(images))
+    progress.close()
+
+
 class Clock:
     """Images/s, TFLOP/s and MFU of the time between `start` and `stop`, since the last reading."""
 
@@ -131,7 +140,6 @@ class Log:
 
     def __init__(self, config: Config, start: int, flops_per_image: float):
         self.config = config
-        self.workdir = config.workdir
         self.clock = Clock(flops_per_image)
         self.progress = Progress(config.train.steps, "step", start, sys.stdout)
         self.rates = ""
@@ -159,9 +167,10 @@ class Log:
             values = {name: float(value) for name, value in metrics.items()}
             loss, grad_norm = values["loss"], values["grad_norm"]
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
+                folder = str(self.config.workdir / "checkpoints")
                 raise Diverged(
                     f"loss: {loss} with gradient norm {grad_norm} at step {step} should be finite; "
-                    f"the checkpoints in {str(self.workdir / 'checkpoints')!r} are from before it; "
+                    f"the checkpoints in {folder!r} are from before it; "
                     "begin again under another --name with a lower optim.learning_rate, or with "
                     "optim.grad_clip"
                 )

@@ -253,12 +253,15 @@ def test_fields_that_do_not_go_together_are_refused_by_name_value_and_remedy(sec
 
 
 def test_what_is_refused_in_one_place_may_stand_in_another():
-    tiny_config(data=MASKS, objective=dict(mask_dropout=0.1)).validate()
-    tiny_config(data=MASKS, model=dict(conditioning="adaln")).validate()
-    tiny_config(objective=dict(schedule="cosine", num_steps=3)).validate()
     evaluated = dict(every=3, inception="x", reference="x")
-    tiny_config(eval=evaluated, data=LATENTS | dict(vae="x")).validate()
-    replace(tiny_config(), mesh=dataclasses.asdict(Mesh(data=2, fsdp=4))).validate()
+    for config in (
+        tiny_config(data=MASKS, objective=dict(mask_dropout=0.1)),
+        tiny_config(data=MASKS, model=dict(conditioning="adaln")),
+        tiny_config(objective=dict(schedule="cosine", num_steps=3)),
+        tiny_config(eval=evaluated, data=LATENTS | dict(vae="x")),
+        replace(tiny_config(), mesh=dataclasses.asdict(Mesh(data=2, fsdp=4))),
+    ):
+        assert config.validate() is config
 
 
 def test_wandb_is_asked_for_before_anything_starts(monkeypatch):

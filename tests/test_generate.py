@@ -312,7 +312,7 @@ def test_latents_are_scaled_back_before_they_are_decoded():
 @pytest.mark.parametrize("devices, at_once, rows", [(1, 1, 1), (1, 2, 2), (2, 1, 2), (1, 9, 4)])
 def test_latents_are_decoded_a_few_at_a_time_in_their_order(monkeypatch, devices, at_once, rows):
     config = tiny_config(data=dict(latents="x", image_size=16))
-    monkeypatch.setattr(generate, "DECODED_PIXELS", at_once * 16**2)
+    monkeypatch.setattr(generate, "VAE_PIXELS", at_once * 16**2)
     latents = config.data.latent_scale * jax.random.uniform(jax.random.key(0), (4, 2, 2, 4))
     vae = PlainVAE()
     images = generate.decode(vae, latents, config, devices)

@@ -43,10 +43,10 @@ import numpy as np
 from dit import metrics
 from dit.data import Dataset, open_dataset, tfds_config
 from dit.files import whole
-from dit.generate import make_condition, make_draw, random_labels
+from dit.generate import draw_batches, make_condition, make_draw, random_labels
 from dit.imagenet.inception import Features, load_inception
 from dit.images import BATCH, open_npz
-from dit.log import Progress, say
+from dit.log import say, with_progress
 from dit.metrics import Gaussian, Moments
 from dit.model import DiT
 from dit.sharding import local_mesh, place_rows, replicated
@@ -108,15 +108,6 @@ def measure(batches: Iterable[np.ndarray], extract: Extract, keep: int = 50_000)
         spatial.add(features.spatial)
     kept = np.concatenate(pool_rows), np.concatenate(logit_rows)
     return Statistics(pool.gaussian(), spatial.gaussian(), *kept)
-
-
-def with_progress(batches: Iterable[np.ndarray], total: int) -> Iterator[np.ndarray]:
-    """The batches, each counted when the next is asked for."""
-    progress = Progress(total, "image")
-    for images in batches:
-        yield images
-        progress.advance(len(images))
-    progress.close()
 
 
 def scores_of(samples: Statistics, reference: Statistics) -> Scores:
@@ -251,7 +242,7 @@ def make_evaluation(config: Config, vae: Any, mesh: jax.sharding.Mesh) -> Callab
     )
 
     def evaluate(model: DiT) -> Scores:
-        batches = (draw(model, vae, first) for first in range(0, count, batch_size))
+        batches = draw_batches(draw, model, vae, count, batch_size)
         return scores_of(measure(batches, extract), reference)
 
     return evaluate

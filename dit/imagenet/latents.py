@@ -49,12 +49,12 @@ from jax.experimental import multihost_utils
 
 from dit import data
 from dit.files import claim_folder, whole
+from dit.generate import num_vae_parts
 from dit.imagenet.vae import VAE, load_vae
 from dit.images import from_uint8
 from dit.log import Progress, say
-from dit.sharding import connect_hosts, local_mesh, map_parts, num_parts, place_rows, replicated
+from dit.sharding import connect_hosts, local_mesh, map_parts, place_rows, replicated
 
-AT_ONCE = 2**19  # pixels that the VAE encodes at a time on each device: 8 images at 256x256
 THREADS = 16  # that decode images
 
 Example = dict[str, Any]  # {"latent": float16 [2, h, w, 8], "label": int}
@@ -115,8 +115,7 @@ def encode_records(
         pending = None
         if batch:
             images = np.stack([record["image"] for record in batch])
-            at_once = AT_ONCE // images[0, ..., 0].size
-            parts = num_parts(batch_size // mesh.devices.size, at_once)
+            parts = num_vae_parts(batch_size, records.config.image_size, mesh.devices.size)
             moments = encode(vae, place_rows(images, batch_size, mesh), parts)
             pending = moments, batch
     if pending is not None:
