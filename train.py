@@ -26,7 +26,7 @@ from dit.data import augment, batch_shapes, batches, drop_condition, open_datase
 from dit.imagenet.fid import make_evaluation
 from dit.imagenet.vae import load_vae
 from dit.log import Log, say
-from dit.model import count_parameters, multiply_adds
+from dit.model import DiT, count_parameters, multiply_adds
 from dit.sharding import (
     batch_sharding,
     connect_hosts,
@@ -63,11 +63,12 @@ def train_step(config: Config, state: State, batch: Batch) -> tuple[State, Metri
     condition = drop_condition(condition, drop_key, config)
     sample_keys = jax.random.split(noise_key, len(x))  # one a sample, so parts equal the whole
 
-    def loss_and_grads(part: tuple) -> tuple:
-        return jax.value_and_grad(objective.loss, has_aux=True)(state.model, *part)
+    def loss_and_grads(model: DiT, samples: tuple) -> tuple:
+        return jax.value_and_grad(objective.loss, has_aux=True)(model, *samples)
 
-    samples = (sample_keys, x, condition)
-    (loss, metrics), grads = mean_over_parts(loss_and_grads, samples, config.optim.accumulate)
+    (loss, metrics), grads = mean_over_parts(
+        loss_and_grads, state.model, (sample_keys, x, condition), config.optim.accumulate
+    )
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
     model = optax.apply_updates(state.model, updates)
@@ -93,7 +94,8 @@ def lower_train_step(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Lowe
     }
     placement = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(partial(train_step, config), donate_argnums=0, out_shardings=(placement, None))
-    return step.lower(state, batch)
+    with jax.set_mesh(mesh):  # which holds the activations to the batch
+        return step.lower(state, batch)
 
 
 def first_state(config: Config, mesh: jax.sharding.Mesh, start: int) -> State:

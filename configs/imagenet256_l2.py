@@ -7,7 +7,7 @@ from dit.config import PRESETS, Config, Data, Model, Optim, Train
 
 config = Config(
     name="imagenet256_l2",
-    model=Model(**PRESETS["DiT-L/2"], remat=True),
+    model=Model(**PRESETS["DiT-L/2"], remat="full"),
     data=Data(
         name="imagenet2012",
         image_size=256,

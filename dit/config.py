@@ -82,6 +82,7 @@ Workdir = Annotated[str | None, tyro.conf.arg(aliases=("--workdir",))]
 
 
 Conditioning = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
+Remat = Literal["none", "dots", "full"]
 Variance = Literal["learned_range", "fixed_small", "fixed_large"]
 
 
@@ -93,7 +94,7 @@ class Model:
     patch_size: PositiveInt = 2  # side of a patch, in pixels (in latent pixels where data.latents)
     mlp_ratio: PositiveFloat = 4.0  # width of the MLP, as a multiple of hidden_size
     conditioning: Conditioning = "adaln_zero"  # how timestep and class enter a block
-    remat: bool = False  # recompute each block in the backward pass: less memory, more compute
+    remat: Remat = "none"  # of a block the backward pass computes again: all but its dots, or all
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,8 @@ def make_draw(
         stop = min(first + batch_size, num_samples)
         rows = {name: value[first:stop] for name, value in condition.items()}
         inputs = place_rows((rows, np.arange(first, stop)), batch_size, mesh)
-        return np.asarray(sample(model, vae, *inputs))[: stop - first]
+        with jax.set_mesh(mesh):
+            return np.asarray(sample(model, vae, *inputs))[: stop - first]
 
     return draw
 

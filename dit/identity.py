@@ -70,8 +70,8 @@ def deviations(model: DiT, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Ar
     image, t, condition = random_inputs(model, inputs_key)
     tokens = (model.input_size // model.patch_size) ** 2
     shape = (BATCH, tokens, model.hidden_size)  # [B, T, D]
-    x = jax.random.normal(x_key, shape, model.dtype)
-    spatial = jax.random.normal(c_key, shape, model.dtype)
+    x = jax.random.normal(x_key, shape)
+    spatial = jax.random.normal(c_key, shape)
 
     def largest(c: jax.Array) -> jax.Array:
         def of_block(block: object) -> jax.Array:

@@ -12,7 +12,9 @@ from flax import nnx
 from dit.config import (
     PRESETS as PRESETS,
 )  # the paper's twelve sizes: DiT(**PRESETS["DiT-XL/2"], ...)
+from dit.linear import Linear, multiply
 from dit.normalization import Modulation, layer_norm, modulate, xavier, zero_init
+from dit.sharding import gather, has_cudnn_attention
 
 normal_002 = nnx.initializers.normal(0.02)
 
@@ -69,10 +71,10 @@ def timestep_features(t: jax.Array, size: int = TIMESTEP_FEATURES) -> jax.Array:
 class TimestepEmbedding(nnx.Module):
     """t `[B]` to `[B, D]`: sinusoids, then a two-layer MLP."""
 
-    def __init__(self, hidden_size: int, *, dtype, rngs: nnx.Rngs):
-        options = dict(kernel_init=normal_002, dtype=dtype, rngs=rngs)
-        self.fc1 = nnx.Linear(TIMESTEP_FEATURES, hidden_size, **options)
-        self.fc2 = nnx.Linear(hidden_size, hidden_size, **options)
+    def __init__(self, hidden_size: int, *, rngs: nnx.Rngs):
+        options = dict(kernel_init=normal_002, rngs=rngs)
+        self.fc1 = Linear(TIMESTEP_FEATURES, hidden_size, **options)
+        self.fc2 = Linear(hidden_size, hidden_size, **options)
 
     def __call__(self, t: jax.Array) -> jax.Array:
         return self.fc2(nnx.silu(self.fc1(timestep_features(t))))
@@ -84,14 +86,12 @@ class MaskEmbedding(nnx.Module):
     A label that is none of the classes, such as the null mask's, adds nothing.
     """
 
-    def __init__(
-        self, mask_classes: int, patch_size: int, hidden_size: int, *, dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, mask_classes: int, patch_size: int, hidden_size: int, *, rngs: nnx.Rngs):
         self.mask_classes = mask_classes
         self.patch_size = patch_size
-        options = dict(kernel_init=xavier, dtype=dtype, rngs=rngs)
-        self.conv = nnx.Conv(mask_classes, MASK_FEATURES, (3, 3), **options)
-        self.linear = nnx.Linear(patch_size**2 * MASK_FEATURES, hidden_size, **options)
+        options = dict(kernel_init=xavier, rngs=rngs)
+        self.conv = nnx.Conv(mask_classes, MASK_FEATURES, (3, 3), precision="highest", **options)
+        self.linear = Linear(patch_size**2 * MASK_FEATURES, hidden_size, **options)
 
     def __call__(self, mask: jax.Array) -> jax.Array:
         one_hot = jax.nn.one_hot(mask, self.mask_classes)  # [B, H, W, mask_classes]
@@ -105,17 +105,18 @@ class MaskEmbedding(nnx.Module):
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Softmax attention of q `[B, T, N, D / N]` over k and v `[B, S, N, D / N]`.
 
-    Fused on a GPU in bfloat16. Elsewhere heads are moved in front of time, which is twice as fast
-    on a CPU as leaving them behind it.
+    Fused by cuDNN in bfloat16 where the GPU can; jax refuses its derivative for odd T or S.
+    Elsewhere heads are moved in front of time, which is twice as fast on a CPU as behind it.
     """
     head_dim = q.shape[-1]
-    fits_cudnn = q.dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128
-    if jax.default_backend() == "gpu" and fits_cudnn:
+    is_even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
+    fits_cudnn = q.dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128 and is_even
+    if fits_cudnn and has_cudnn_attention():
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))  # [B, N, T or S, D / N]
-    logits = jnp.einsum("bntd,bnsd->bnts", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits * head_dim**-0.5, axis=-1).astype(v.dtype)
-    return jnp.einsum("bnts,bnsd->bntd", weights, v).swapaxes(1, 2)
+    logits = multiply("bntd,bnsd->bnts", q, k, q.dtype, jnp.float32)
+    weights = jax.nn.softmax(logits * head_dim**-0.5, axis=-1)
+    return multiply("bnts,bnsd->bntd", weights, v, q.dtype, q.dtype).swapaxes(1, 2)
 
 
 class SelfAttention(nnx.Module):
@@ -127,8 +128,8 @@ class SelfAttention(nnx.Module):
     def __init__(self, hidden_size: int, num_heads: int, *, dtype, rngs: nnx.Rngs):
         self.num_heads = num_heads
         options = dict(kernel_init=xavier, dtype=dtype, rngs=rngs)
-        self.qkv = nnx.Linear(hidden_size, 3 * hidden_size, **options)
-        self.proj = nnx.Linear(hidden_size, hidden_size, **options)
+        self.qkv = Linear(hidden_size, 3 * hidden_size, **options)
+        self.proj = Linear(hidden_size, hidden_size, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         B, T, D = x.shape
@@ -143,9 +144,9 @@ class CrossAttention(nnx.Module):
     def __init__(self, hidden_size: int, num_heads: int, *, dtype, rngs: nnx.Rngs):
         self.num_heads = num_heads
         options = dict(kernel_init=xavier, dtype=dtype, rngs=rngs)
-        self.q = nnx.Linear(hidden_size, hidden_size, **options)
-        self.kv = nnx.Linear(hidden_size, 2 * hidden_size, **options)
-        self.proj = nnx.Linear(hidden_size, hidden_size, **options)
+        self.q = Linear(hidden_size, hidden_size, **options)
+        self.kv = Linear(hidden_size, 2 * hidden_size, **options)
+        self.proj = Linear(hidden_size, hidden_size, **options)
 
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         (B, T, D), S = x.shape, c.shape[1]
@@ -161,8 +162,8 @@ class MLP(nnx.Module):
     def __init__(self, hidden_size: int, mlp_ratio: float, *, dtype, rngs: nnx.Rngs):
         width = int(hidden_size * mlp_ratio)
         options = dict(kernel_init=xavier, dtype=dtype, rngs=rngs)
-        self.up = nnx.Linear(hidden_size, width, **options)
-        self.down = nnx.Linear(width, hidden_size, **options)
+        self.up = Linear(hidden_size, width, **options)
+        self.down = Linear(width, hidden_size, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(nnx.gelu(self.up(x), approximate=True))
@@ -210,9 +211,9 @@ class CrossAttentionBlock(nnx.Module):
         self.mlp = MLP(hidden_size, mlp_ratio, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
-        x = x + self.attention(layer_norm(x).astype(x.dtype))
-        x = x + self.cross_attention(layer_norm(x).astype(x.dtype), c)
-        x = x + self.mlp(layer_norm(x).astype(x.dtype))
+        x = x + self.attention(layer_norm(x))
+        x = x + self.cross_attention(layer_norm(x), c)
+        x = x + self.mlp(layer_norm(x))
         return x
 
 
@@ -224,8 +225,8 @@ class InContextBlock(nnx.Module):
         self.mlp = MLP(hidden_size, mlp_ratio, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
-        x = x + self.attention(layer_norm(x).astype(x.dtype))
-        x = x + self.mlp(layer_norm(x).astype(x.dtype))
+        x = x + self.attention(layer_norm(x))
+        x = x + self.mlp(layer_norm(x))
         return x
 
 
@@ -241,28 +242,33 @@ BLOCKS = {
 
 
 class FinalLayer(nnx.Module):
-    """x `[B, T, D]` to `[B, T, p p C]`, float32: layer norm, then a linear layer of zeros.
+    """x `[B, T, D]` to `[B, T, p p C]`: layer norm, then a linear layer of zeros.
 
     In the adaptive designs c shifts and scales the layer norm, from zero.
     """
 
-    def __init__(self, hidden_size: int, out_size: int, adaptive: bool, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, hidden_size: int, out_size: int, adaptive: bool, *, rngs: nnx.Rngs):
         self.adaptive = adaptive
+        options = dict(kernel_init=zero_init, rngs=rngs)
         if adaptive:
-            self.modulation = Modulation(
-                hidden_size, 2, kernel_init=zero_init, dtype=dtype, rngs=rngs
-            )
-        self.linear = nnx.Linear(
-            hidden_size, out_size, kernel_init=zero_init, dtype=dtype, rngs=rngs
-        )
+            self.modulation = Modulation(hidden_size, 2, **options)
+        self.linear = Linear(hidden_size, out_size, **options)
 
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         if self.adaptive:
             shift, scale = self.modulation(nnx.silu(c))
             x = modulate(x, shift, scale)
         else:
-            x = layer_norm(x).astype(x.dtype)
-        return self.linear(x).astype(jnp.float32)
+            x = layer_norm(x)
+        return self.linear(x)
+
+
+# What the backward pass keeps of a block beside its input, where it does not keep all that it needs:
+# the products of matrices, or nothing. The rest is computed again.
+REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class DiT(nnx.Module):
@@ -271,7 +277,8 @@ class DiT(nnx.Module):
     `model(x, t, y, mask=None)`: x `[B, H, W, C]`; t `[B]`, 0 .. 999, may be fractional; y `[B]`
     int, `num_classes` is the null class; with `mask_classes`, mask `[B, H, W]` int, `mask_classes`
     is the null mask. Returns float32 `[B, H, W, 2C]`, the noise and then the variance logits, or
-    `[B, H, W, C]` without `learn_sigma`. Parameters are float32; `dtype` is that of the products.
+    `[B, H, W, C]` without `learn_sigma`. `dtype` is the type of the products inside the blocks;
+    the residual stream, norms and softmax are float32, as is all before and behind the blocks.
     """
 
     def __init__(
@@ -289,7 +296,7 @@ class DiT(nnx.Module):
         conditioning: str = "adaln_zero",
         mask_classes: int = 0,
         dtype=jnp.float32,
-        remat: bool = False,
+        remat: str = "none",
         rngs: nnx.Rngs,
     ):
         self.input_size = input_size
@@ -306,15 +313,14 @@ class DiT(nnx.Module):
         self.dtype = dtype
         self.remat = remat
 
-        options = dict(dtype=dtype, rngs=rngs)
         patch_values = patch_size**2 * in_channels
-        self.patch_embed = nnx.Linear(patch_values, hidden_size, kernel_init=xavier, **options)
-        self.timestep_embed = TimestepEmbedding(hidden_size, **options)
+        self.patch_embed = Linear(patch_values, hidden_size, kernel_init=xavier, rngs=rngs)
+        self.timestep_embed = TimestepEmbedding(hidden_size, rngs=rngs)
         self.label_embed = nnx.Embed(
-            num_classes + 1, hidden_size, embedding_init=normal_002, **options
+            num_classes + 1, hidden_size, embedding_init=normal_002, rngs=rngs
         )
         if mask_classes:
-            self.mask_embed = MaskEmbedding(mask_classes, patch_size, hidden_size, **options)
+            self.mask_embed = MaskEmbedding(mask_classes, patch_size, hidden_size, rngs=rngs)
 
         def make_block(rngs: nnx.Rngs) -> nnx.Module:
             return BLOCKS[conditioning](hidden_size, num_heads, mlp_ratio, dtype=dtype, rngs=rngs)
@@ -322,7 +328,7 @@ class DiT(nnx.Module):
         # vmap over one block's constructor: leaves gain a layer axis that xavier's fans do not see
         self.blocks = jax.vmap(make_block)(rngs.split(depth))
         out_size = patch_values * (2 if learn_sigma else 1)
-        self.final = FinalLayer(hidden_size, out_size, self.adaptive, **options)
+        self.final = FinalLayer(hidden_size, out_size, self.adaptive, rngs=rngs)
 
     @property
     def adaptive(self) -> bool:
@@ -336,7 +342,7 @@ class DiT(nnx.Module):
         In the others the sequence of the two, `[B, 2, D]`.
         """
         t = self.timestep_embed(t)[:, None]  # [B, 1, D]
-        y = self.label_embed(y)[:, None]  # [B, 1, D]
+        y = gather(self.label_embed.embedding[...])[y][:, None]  # [B, 1, D]
         if not self.adaptive:
             return jnp.concatenate([t, y], axis=1)
         return t + y if mask is None else t + y + self.mask_embed(mask)
@@ -346,7 +352,7 @@ class DiT(nnx.Module):
     ) -> jax.Array:
         positions = position_embedding(self.input_size // self.patch_size, self.hidden_size)
         x = self.patch_embed(patchify(x, self.patch_size))  # [B, T, D]
-        x = x + positions.astype(self.dtype)
+        x = x + positions
         c = self.condition(t, y, mask)  # [B, 1, D], [B, T, D] or [B, 2, D]
         num_patches = x.shape[1]
         if self.conditioning == "in_context":
@@ -355,8 +361,8 @@ class DiT(nnx.Module):
         def apply_block(x: jax.Array, block: nnx.Module) -> tuple[jax.Array, None]:
             return block(x, c), None
 
-        if self.remat:
-            apply_block = jax.checkpoint(apply_block, prevent_cse=False)
+        if self.remat != "none":
+            apply_block = jax.checkpoint(apply_block, policy=REMAT[self.remat], prevent_cse=False)
         x, _ = jax.lax.scan(apply_block, x, self.blocks)
         x = self.final(x[:, :num_patches], c)  # [B, T, p p 2C] or [B, T, p p C]
         return unpatchify(x, self.patch_size)

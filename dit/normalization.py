@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dit.linear import Linear
+
 xavier = nnx.initializers.xavier_uniform()
 zero_init = nnx.initializers.zeros
 
@@ -76,7 +78,10 @@ class AdaIN(nnx.Module):
 
 
 class Modulation(nnx.Module):
-    """The linear layer of (3), (4), (6), (7): c `[..., E]` to `num_vectors` arrays `[..., C]`."""
+    """The linear layer of (3), (4), (6), (7): c `[..., E]` to `num_vectors` arrays `[..., C]`.
+
+    They are float32; `dtype` is the type of the product.
+    """
 
     def __init__(
         self,
@@ -90,21 +95,21 @@ class Modulation(nnx.Module):
     ):
         self.num_vectors = num_vectors
         outputs = num_vectors * (features or condition_size)
-        self.linear = nnx.Linear(
+        self.linear = Linear(
             condition_size, outputs, kernel_init=kernel_init, dtype=dtype, rngs=rngs
         )
 
     def __call__(self, c: jax.Array) -> list[jax.Array]:
-        return jnp.split(self.linear(c), self.num_vectors, axis=-1)
+        vectors = self.linear(c).astype(jnp.float32)
+        return jnp.split(vectors, self.num_vectors, axis=-1)
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """(6)'s modulate of x `[B, T, D]`, computed in float32, in x's type.
+    """(6)'s modulate of x `[B, T, D]`, in float32.
 
     shift and scale are `[B, 1, D]`, or `[B, T, D]` where they vary in space.
     """
-    shift, scale = shift.astype(jnp.float32), scale.astype(jnp.float32)
-    return (layer_norm(x) * (1 + scale) + shift).astype(x.dtype)
+    return layer_norm(x) * (1 + scale) + shift
 
 
 class FiLM(nnx.Module):

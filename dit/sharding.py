@@ -62,6 +62,18 @@ def _mesh(data: int, fsdp: int, devices: list[jax.Device]) -> jax.sharding.Mesh:
     return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=axis_types, devices=devices)
 
 
+def has_cudnn_attention() -> bool:
+    """Whether the devices of the mesh in use, or without one the default's, run cuDNN's attention.
+
+    GPUs do from compute capability 8.0. One that is not here is one of plan.py's, all newer.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    here = jax.local_devices()[0]
+    is_new = here.platform != "gpu" or float(here.compute_capability) >= 8
+    return platform == "gpu" and is_new
+
+
 # Where arrays lie
 
 
@@ -92,6 +104,16 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(rule, tree)
+
+
+def gather(weights: jax.Array) -> jax.Array:
+    """The weights whole on every device of the mesh in use; as they are where none is.
+
+    So activations stay where the batch is. Left to itself the compiler carries the sharding of the
+    weights on into them, and gathers the whole batch instead.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return weights if mesh.empty else jax.lax.with_sharding_constraint(weights, PartitionSpec())
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
@@ -137,15 +159,34 @@ def map_parts(f: Callable[[jax.Array], jax.Array], x: jax.Array, parts: int) -> 
     return y.swapaxes(0, 1).reshape(-1, *y.shape[2:])
 
 
-def mean_over_parts(f: Callable[[Any], Any], batch: Any, parts: int) -> Any:
-    """The mean of f over the parts of a batch, whose leaves are `[B, ...]`."""
+def mean_over_parts(f: Callable[[Any, Any], Any], model: Any, batch: Any, parts: int) -> Any:
+    """The mean of f(model, part) over the parts of a batch, whose leaves are `[B, ...]`.
+
+    The devices along `data` add up what they have once, behind the last part; those along `fsdp`
+    behind each part, since none has room for the sum of whole gradients.
+    """
     if parts == 1:
-        return f(batch)
-    batch = split_parts(batch, parts)  # [parts, B / parts, ...]
-    shapes = jax.eval_shape(f, jax.tree.map(lambda a: a[0], batch))
+        return f(model, batch)
 
-    def add(total: Any, part: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, f(part)), None
+    def mean(model: Any, batch: Any) -> Any:
+        batch = split_parts(batch, parts)  # [parts, B / parts, ...]
+        shapes = jax.eval_shape(f, model, jax.tree.map(lambda a: a[0], batch))
 
-    total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), batch)
-    return jax.tree.map(lambda a: a / parts, total)
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, f(model, part)), None
+
+        total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), batch)
+        return jax.tree.map(lambda a: a / parts, total)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["data"] == 1:
+        return mean(model, batch)
+
+    def mean_over_data(model: Any, batch: Any) -> Any:
+        return jax.lax.pmean(mean(model, batch), "data")
+
+    whole, rows = PartitionSpec(), PartitionSpec("data")
+    specs = dict(in_specs=(whole, rows), out_specs=whole)
+    return jax.shard_map(mean_over_data, **specs, axis_names={"data"}, check_vma=False)(
+        model, batch
+    )

@@ -251,7 +251,7 @@ def test_differences_name_field_and_both_values():
 def test_where_a_run_computes_and_keeps_its_files_may_change():
     ours = Config(
         name="x",
-        model=Model(remat=True),
+        model=Model(remat="full"),
         optim=Optim(accumulate=2),
         mesh=Mesh(fsdp=2),
         train=Train(steps=5, log_every=1, checkpoint_every=1, sampler="ddpm", workdir="there"),

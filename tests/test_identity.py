@@ -31,8 +31,8 @@ def bits(x: jax.Array) -> np.ndarray:
 def test_every_block_is_the_identity_bit_for_bit(dtype, seed):
     model = tiny_model(dtype, seed)
     x_key, c_key = jax.random.split(jax.random.key(seed))
-    x = jax.random.normal(x_key, (3, 4, 20)).astype(dtype)
-    spatial = jax.random.normal(c_key, (3, 4, 20)).astype(dtype)
+    x = jax.random.normal(x_key, (3, 4, 20))
+    spatial = jax.random.normal(c_key, (3, 4, 20))
     _, t, y = inputs(model, seed=seed)
     for i in range(model.depth):
         for c in (model.condition(t, y), spatial):

@@ -208,7 +208,7 @@ def test_scan_equals_a_loop_over_the_blocks(design):
 
 
 def test_remat_changes_the_computation_and_not_the_result():
-    plain, remat = awaken(tiny_model()), awaken(tiny_model(remat=True))
+    plain, remat = awaken(tiny_model()), awaken(tiny_model(remat="full"))
     x, t, y = inputs(plain)
 
     def loss(model: DiT) -> jax.Array:
@@ -308,7 +308,7 @@ def test_with_masks_every_block_starts_as_the_identity_bit_for_bit(dtype):
     model = tiny_model(mask_classes=3, dtype=dtype)
     x, t, y = inputs(model)
     mask = jax.random.randint(jax.random.key(5), (3, 6, 6), 0, 4)
-    tokens = jax.random.normal(jax.random.key(6), (3, 4, 20)).astype(dtype)
+    tokens = jax.random.normal(jax.random.key(6), (3, 4, 20))
     c = model.condition(t, y, mask)
     for i in range(model.depth):
         np.testing.assert_array_equal(block_of(model, i)(tokens, c), tokens)

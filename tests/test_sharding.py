@@ -152,19 +152,19 @@ def test_a_map_over_parts_runs_part_by_part():
     assert "f32[2,2] = sin" in str(jaxpr)
 
 
-def moments(rows: jax.Array) -> dict[str, jax.Array]:
-    return {"mean": rows.mean(), "square": jnp.square(rows).mean()}
+def moments(scale: float, rows: jax.Array) -> dict[str, jax.Array]:
+    return {"mean": scale * rows.mean(), "square": jnp.square(rows).mean()}
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 12])
 def test_a_mean_over_parts_is_that_of_the_whole(parts):
     x = jnp.arange(12.0).reshape(12, 1)
-    means, expected = mean_over_parts(moments, x, parts), moments(x)
+    means, expected = mean_over_parts(moments, 2.0, x, parts), moments(2.0, x)
     for name in expected:
         assert float(means[name]) == pytest.approx(float(expected[name]))
 
 
 def test_a_mean_over_parts_runs_part_by_part():
-    jaxpr = jax.make_jaxpr(lambda x: mean_over_parts(moments, x, 3))(jnp.zeros((12, 1)))
+    jaxpr = jax.make_jaxpr(lambda x: mean_over_parts(moments, 2.0, x, 3))(jnp.zeros((12, 1)))
     assert "f32[4,1] = square" in str(jaxpr)
     assert "f32[12,1] = square" not in str(jaxpr)

@@ -115,7 +115,7 @@ def one_device() -> Run:
         (dict(mesh=dict(fsdp=4)), 8),
         (dict(optim=dict(accumulate=4)), 1),
         (dict(optim=dict(accumulate=2), mesh=dict(fsdp=2)), 8),
-        (dict(model=dict(remat=True)), 1),
+        (dict(model=dict(remat="full")), 1),
     ],
     ids=["8 devices", "fsdp", "accumulation", "accumulation and fsdp", "remat"],
 )
