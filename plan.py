@@ -1,30 +1,41 @@
-"""What a run will cost, before the machine is rented: python plan.py PRESET [--topology v5e:16x16]
+"""What a run will cost, before the machine is rented: python plan.py PRESET --topology h100:8
 
-Prints parameters, multiply-adds, and bytes of state a device. With a TPU topology it compiles the
-train step for chips that are not there (needs the `plan` extra, libtpu) and prints what the
-compiler says of its memory. Exit status 0 if it fits, 1 if it does not.
+Compiles the train step for chips that are not there (needs the `plan` extra), and prints what each
+device holds and sends, the bounds that this sets to the speed, and whether it fits. Topologies:
+h100:8, a100:1, h200:2x8 (hosts x GPUs), v5e:2x4, v5e:16x16, v5p:2x2x4, cpu:8. Without one it prints
+the counts alone, and `python plan.py --table` prints the table of benchmarks/README.md. Exit status
+0 if it fits, 1 if it does not.
 """
 
+import itertools
 import math
 import os
+import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from dit import cli
-from dit.config import Config, InputError, one_line
+from dit.config import PRESETS, Config, replace
 
 
 @dataclass(frozen=True)
 class Plan:
     config: Annotated[Config, tyro.conf.arg(name="")]
-    topology: str | None = None  # TPU topology, such as v5e:2x4, v5e:16x16 or v5p:2x2x4
+    topology: str | None = None  # chips to compile for, such as h100:8 or v5e:2x4
 
 
-def parse(argv: list[str]) -> Plan:
-    """The options of `PRESET_OR_FILE.py [--topology NAME] [--section.field value ...]`."""
+def parse(argv: list[str]) -> Plan | None:
+    """The options of `PRESET_OR_FILE.py [--topology NAME] [--section.field value ...]`.
+
+    None for `--table`.
+    """
+    if argv == ["--table"]:
+        return None
     plan = cli.parse_preset(Plan, argv, "plan.py", __doc__, Plan)
     plan.config.validate()
     return plan
@@ -33,90 +44,358 @@ def parse(argv: list[str]) -> Plan:
 # The chips are described, not used. To be set before jax is imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")  # else libtpu asks for it on stderr
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported
     with cli.exit_status("plan.py"):
         PLAN = parse(sys.argv[1:])
 
 import jax
-from jax.experimental import topologies
+import numpy as np
+from flax import nnx
 
+from dit.chips import GIB, Chip, find_chip
+from dit.data import batch_shapes
+from dit.generate import (
+    GRID_COLUMNS,
+    grid_options,
+    make_condition,
+    make_sample,
+    spread_classes,
+)
+from dit.imagenet.inception import Inception
+from dit.imagenet.tensors import component_folder
+from dit.imagenet.vae import GROUPS, LAYERS, VAE, abstract_vae
 from dit.model import count_parameters, multiply_adds
-from dit.sharding import make_mesh
-from dit.state import State, abstract_state
+from dit.program import Collective, collectives
+from dit.sharding import batch_sharding, make_mesh, replicated
+from dit.state import abstract_state, with_shardings
+from dit.topology import devices_of
 from train import compile_train_step
 
-GIB = 1 << 30
-MEMORY = {"v2": 8, "v3": 16, "v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GiB (v2, v3: a core)
+PUBLISHED_VAE = (128, 256, 512, 512)  # widths of Stable Diffusion's
+STATE = ("parameters", "average", "optimizer")
 
 
-def topology_devices(name: str) -> list[jax.Device]:
-    """The devices of a TPU topology. Raises InputError."""
+# What a device holds, sends and computes
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one training step, on one device unless it says otherwise."""
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    chip: Chip | None  # None for one of which nothing is known
+    parameters: int  # of the model
+    multiply_adds: int  # of an image's forward pass
+    bytes: dict[str, float]  # by kind
+    collectives: list[Collective]
+
+    @property
+    def total(self) -> float:
+        return sum(self.bytes.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.chip is None or self.total <= self.chip.memory
+
+    @property
+    def flops(self) -> float:
+        """That a step needs on all devices; what rematerialisation repeats is not in it."""
+        return 6 * self.multiply_adds * self.config.train.batch_size
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What each resource needs for a step at its peak: no step is faster than any of them."""
+        done = self.flops * (4 / 3 if self.config.model.remat == "full" else 1)
+        state = sum(self.bytes[kind] for kind in STATE)
+        touched = 2 * (state + self.bytes["temporaries"])  # written once and read once
+        return {
+            "products": done / self.mesh.devices.size / self.chip.peak,
+            "memory": touched / self.chip.bandwidth,
+            "links": sum(self.link_seconds(each) for each in self.collectives),
+        }
+
+    def link_seconds(self, collective: Collective) -> float:
+        """Of what a device sends over its links, or of its part of what its host sends to others.
+
+        A host of h in a group of n sends what one device would: the share (h - 1) / (n - 1) of
+        what its devices send in all goes to others.
+        """
+        inside = collective.bytes / self.chip.links
+        if not self.chip.network:  # a slice of TPUs
+            return inside
+        hosts = np.array([device.process_index for device in self.mesh.devices.flat])
+        n = collective.groups.shape[1]
+        h = max(len(set(hosts[group].tolist())) for group in collective.groups)
+        return max(inside, collective.bytes * (h - 1) / (n - 1) / self.chip.network)
+
+
+class TooLarge(Exception):
+    """A compiler's refusal. `bytes` is what the program would need of a device."""
+
+    def __init__(self, text: str):
+        used = re.search(r"Used ([\d.]+)([GM]) of", text)
+        self.bytes = float(used[1]) * {"G": GIB, "M": 1 << 20}[used[2]] if used else math.inf
+
+
+def estimate(config: Config, devices: list[jax.Device]) -> Estimate:
+    """Compiles the step, and what draws the sample grids. Raises InputError and TooLarge."""
+    mesh = make_mesh(config, devices)
+    state = abstract_state(config, mesh)
+    vae, inception = networks(config)
     try:
-        topology = topologies.get_topology_desc(topology_name=name, platform="tpu")
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise InputError(
-            f"--topology: {name!r} should be a TPU topology, such as v5e:2x4, v5e:16x16 or "
-            f"v5p:2x2x4, and libtpu be installed ({one_line(error)[:100]})"
-        ) from error
-    return list(topology.devices)
+        step = compile_train_step(config, mesh)
+        draws = config.train.sample_every and (vae is not None or not config.data.latents)
+        grid = compile_grid(config, mesh, state.ema, vae) if draws else None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise TooLarge(str(error)) from error
+        raise
+    held = {
+        "parameters": share(state.model),
+        "average": share(state.ema),
+        "optimizer": share(state.opt_state),
+        "batch": sum(math.prod(s) * np.dtype(t).itemsize for s, t in batch_shapes(config).values())
+        / len(devices),
+    }
+    memory = step.memory_analysis()
+    held["padding"] = max(memory.argument_size_in_bytes - sum(held.values()), 0)
+    held["temporaries"] = temporaries(step)
+    held["VAE"] = share(vae)
+    held["evaluation network"] = share(inception)
+    held["more for sample grids"] = max(temporaries(grid) - temporaries(step), 0) if grid else 0
+    return Estimate(
+        config=config,
+        mesh=mesh,
+        chip=find_chip(devices[0].device_kind),
+        parameters=count_parameters(state.model),
+        multiply_adds=multiply_adds(state.model),
+        bytes=held,
+        collectives=collectives(step.as_text()),
+    )
 
 
-def bytes_per_device(state: State) -> int:
-    """Of the largest share that any device holds of an abstract state."""
-    shares = [
+def share(tree: Any) -> int:
+    """Bytes of a tree on the device that holds most; without shardings, all of them."""
+    return sum(
         leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
-        for leaf in jax.tree.leaves(state)
-    ]
-    return sum(shares)
+        if leaf.sharding
+        else leaf.dtype.itemsize * leaf.size
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def temporaries(program: jax.stages.Compiled) -> int:
+    """Bytes beside a program's arguments: scratch, and results that take no argument's place."""
+    memory = program.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.temp_size_in_bytes + results
+
+
+def networks(config: Config) -> tuple[Any, Any]:
+    """The VAE and the Inception network that a run loads, abstract, None where it loads none.
+
+    A folder that is not here yet counts as Stable Diffusion's VAE.
+    """
+    folder = config.data.vae
+    if folder and Path(folder).exists():
+        vae = abstract_vae(component_folder(Path(folder), "vae"))
+    else:
+        vae = jax.eval_shape(lambda: VAE(PUBLISHED_VAE, LAYERS, GROUPS, rngs=nnx.Rngs(0)))
+    inception = jax.eval_shape(lambda: Inception(rngs=nnx.Rngs(0)))
+    return vae if folder else None, inception if config.eval.every else None
+
+
+def compile_grid(config: Config, mesh: jax.sharding.Mesh, ema: Any, vae: Any) -> Any:
+    """What draws a run's sample grids, compiled."""
+    labels = np.zeros(GRID_COLUMNS * len(spread_classes(config.data.num_classes)))
+    rows = math.ceil(len(labels) / mesh.devices.size) * mesh.devices.size
+    batch = make_condition(labels, config) | {"index": labels.astype(np.int32)}
+    inputs = {
+        name: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype, sharding=batch_sharding(mesh))
+        for name, a in batch.items()
+    }
+    indices = inputs.pop("index")
+    vae = vae and with_shardings(vae, jax.tree.map(lambda _: replicated(mesh), vae))
+    with jax.set_mesh(mesh):
+        sample = make_sample(config, mesh, **grid_options(config))
+        return sample.lower(ema, vae, inputs, indices).compile()
+
+
+# What could make it fit
+
+
+def changes(config: Config, devices: int) -> Iterator[dict[str, dict]]:
+    """Changes of a config that save memory, each added to those before, cheapest first."""
+    batch_size, made = config.train.batch_size, {}
+    for remat in ("dots", "full"):
+        if config.model.remat in ("none", "dots") and config.model.remat != remat:
+            made = made | {"model": {"remat": remat}}
+            yield made
+    if config.mesh.fsdp == 1 and devices > 1:
+        made = made | {"mesh": {"fsdp": min(devices, 8), "data": -1}}
+        yield made
+    accumulate = 2 * config.optim.accumulate
+    while batch_size % (accumulate * devices) == 0:
+        made = made | {"optim": {"accumulate": accumulate}}
+        yield made
+        accumulate *= 2
+    made = {name: fields for name, fields in made.items() if name != "optim"}
+    while batch_size % (2 * devices) == 0:
+        batch_size //= 2
+        yield made | {"train": {"batch_size": batch_size}, "optim": {"accumulate": 1}}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A config with changes, and what came of it: an estimate, unless the compiler refused."""
+
+    changes: dict[str, dict]
+    bytes: float
+    found: Estimate | None
+
+    @property
+    def fits(self) -> bool:
+        return self.found is not None and self.found.fits
+
+    @property
+    def flags(self) -> str:
+        """The changes as a command line has them."""
+        return " ".join(
+            f"--{section}.{name.replace('_', '-')} {value}"
+            for section, fields in self.changes.items()
+            for name, value in fields.items()
+        )
+
+
+def attempts(config: Config, devices: list[jax.Device]) -> Iterator[Attempt]:
+    """The config as it is, and then with `changes`, up to the first that fits."""
+    for each in itertools.chain([{}], changes(config, len(devices))):
+        try:
+            found = estimate(replace(config, **each), devices)
+            attempt = Attempt(each, found.total, found)
+        except TooLarge as error:
+            attempt = Attempt(each, error.bytes, None)
+        yield attempt
+        if attempt.fits:
+            return
+
+
+# What is printed
+
+
+def print_counts(config: Config, parameters: int, operations: int) -> None:
+    tflop = 6 * operations * config.train.batch_size / 1e12
+    print(
+        f"{config.name}: {parameters:,} parameters, {operations / 1e9:.2f} G multiply-adds an "
+        f"image, {tflop:.4g} TFLOP a step of {config.train.batch_size} images"
+    )
+
+
+def print_estimate(found: Estimate) -> None:
+    mesh, config = found.mesh, found.config
+    devices = mesh.devices.size
+    print(
+        f"{devices} x {mesh.devices.flat[0].device_kind}, data {mesh.shape['data']} x "
+        f"fsdp {mesh.shape['fsdp']}, {config.train.batch_size // devices} images a device, "
+        f"remat {config.model.remat}"
+    )
+    print("\na device holds               GiB")
+    for kind, size in found.bytes.items():
+        if size:
+            print(f"  {kind:22} {size / GIB:8.3f}")
+    limit = f" of {found.chip.memory / GIB:.2f}" if found.chip else ""
+    print(f"  {'total':22} {found.total / GIB:8.3f}{limit}")
+    print_collectives(found.collectives)
+    if found.chip:
+        print_bounds(found)
+
+
+def print_collectives(found: list[Collective]) -> None:
+    if not found:
+        print("\na device sends nothing")
+        return
+    print("\na device sends a step        GB   operations")
+    for kind in sorted({each.kind for each in found}):
+        ours = [each for each in found if each.kind == kind]
+        size, count = sum(each.bytes for each in ours), sum(each.times for each in ours)
+        print(f"  {kind:20} {size / 1e9:10.4f} {count:8}")
+
+
+def print_bounds(found: Estimate) -> None:
+    print("\nno step is faster than       ms   images/s      MFU")
+    for resource, seconds in found.seconds.items():
+        if seconds:
+            images_per_second, mfu = rates(found, seconds)
+            print(f"  {resource:20} {1e3 * seconds:10.2f} {images_per_second:10,.0f} {mfu:8.0%}")
+    print("These are bounds of the time, not predictions of it.\n")
+
+
+def rates(found: Estimate, seconds: float) -> tuple[float, float]:
+    """Images/s and the share of the peak, where a step takes so long."""
+    peak = found.chip.peak * found.mesh.devices.size
+    return found.config.train.batch_size / seconds, found.flops / seconds / peak
+
+
+# The command
 
 
 def run(plan: Plan) -> int:
-    """Prints the plan. Returns 1 if the compiler says that it does not fit, else 0."""
+    """Prints the plan. Returns 1 if it does not fit, else 0. Raises InputError."""
     config, topology = plan.config, plan.topology
-    devices = topology_devices(topology) if topology else jax.devices()
-    mesh = make_mesh(config, devices)
-    state = abstract_state(config, mesh)
-    print_counts(config, state, topology or devices[0].device_kind, mesh)
     if topology is None:
+        state = abstract_state(config, make_mesh(config))
+        print_counts(config, count_parameters(state.model), multiply_adds(state.model))
+        print(f"{share(state) / GIB:.2f} GiB of state a device; --topology compiles the step")
         return 0
-    try:
-        memory = compile_train_step(config, mesh).memory_analysis()
-    except jax.errors.JaxRuntimeError as error:
-        reasons = [line for line in str(error).splitlines() if "RESOURCE_EXHAUSTED" in line]
-        if not reasons:
-            raise
-        print(f"does not fit: {reasons[0].strip()}")
-        return 1
-    print_memory(memory, MEMORY.get(topology.split(":")[0]))
+    for attempt in attempts(config, devices_of(topology)):
+        if attempt.found and not attempt.changes:
+            print_counts(config, attempt.found.parameters, attempt.found.multiply_adds)
+            print_estimate(attempt.found)
+        answer = "it fits" if attempt.fits else "it does not fit"
+        print(f"{attempt.flags or 'as it is'}: {answer}, {attempt.bytes / GIB:.2f} GiB")
+    return 0 if attempt.fits and not attempt.changes else 1
+
+
+# The table of benchmarks/README.md
+
+SIZES = {
+    "S/2": PRESETS["DiT-S/2"],
+    "B/2": PRESETS["DiT-B/2"],
+    "XL/2": PRESETS["DiT-XL/2"],
+    "3B": dict(patch_size=2, hidden_size=2304, depth=32, num_heads=18),
+    "7B": dict(patch_size=2, hidden_size=3072, depth=40, num_heads=24),
+}
+TOPOLOGIES = ["h100:1", "h100:8", "h100:8x8", "v5e:2x4", "v5e:16x16", "v5p:2x2x4"]
+
+
+def print_table() -> int:
+    """Markdown: what makes each size fit on each topology, and the bounds of its speed."""
+    recipe = cli.load_preset("imagenet256_xl2")
+    print("| DiT | chips | it fits with | GiB | products, memory, links (ms) | images/s | MFU |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for (name, size), topology in itertools.product(SIZES.items(), TOPOLOGIES):
+        config = replace(recipe, model=dict(**size, remat="none"), mesh=dict(fsdp=1))
+        *_, last = attempts(config, devices_of(topology))
+        print(f"| {name} | {topology} | {table_row(last)} |", flush=True)
     return 0
 
 
-def print_counts(config: Config, state: State, kind: str, mesh: jax.sharding.Mesh) -> None:
-    operations, batch_size = multiply_adds(state.model), config.train.batch_size
-    tflop = 6 * operations * batch_size / 1e12
-    devices, axes = mesh.devices.size, f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}"
-    print(
-        f"{config.name}: {count_parameters(state.model):,} parameters, "
-        f"{operations / 1e9:.2f} G multiply-adds an image, {tflop:.4g} TFLOP a step"
-    )
-    print(
-        f"{devices} {kind} device(s), {axes}, {batch_size // devices} images a device, "
-        f"{bytes_per_device(state) / GIB:.2f} GiB of state a device"
-    )
-
-
-def print_memory(memory: Any, limit: int | None) -> None:
-    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    total = arguments + outputs + temporaries
-    of_limit = f" of {limit}" if limit else ""
-    print(
-        f"it compiles: {arguments / GIB:.2f} GiB of arguments + {temporaries / GIB:.2f} GiB of "
-        f"temporaries = {total / GIB:.2f}{of_limit} GiB a device"
+def table_row(attempt: Attempt) -> str:
+    if not attempt.fits:
+        return f"nothing | {attempt.bytes / GIB:.1f} | | |"
+    found = attempt.found
+    milliseconds = ", ".join(f"{1e3 * seconds:.1f}" for seconds in found.seconds.values())
+    images_per_second, mfu = rates(found, max(found.seconds.values()))
+    return (
+        f"{attempt.flags or 'nothing more'} | {found.total / GIB:.1f} | {milliseconds} | "
+        f"{images_per_second:,.0f} | {mfu:.0%}"
     )
 
 
 if __name__ == "__main__":
     with cli.exit_status("plan.py"):
-        sys.exit(run(PLAN))
+        sys.exit(print_table() if PLAN is None else run(PLAN))

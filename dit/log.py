@@ -19,30 +19,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from dit.chips import find_chip
 from dit.config import Config, Diverged
 from dit.images import save_grid
 
-# Dense bfloat16 peak in FLOP/s, from the vendors' data sheets. The key is a part of device_kind.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
-
 Metrics = dict[str, float]
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """The chip's peak in FLOP/s, if it is known."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
 
 
 def say(text: str) -> None:
@@ -109,7 +90,7 @@ class Clock:
 
     def __init__(self, flops_per_image: float):
         self.flops_per_image = flops_per_image
-        self.peak = peak_flops(jax.devices()[0].device_kind)
+        self.chip = find_chip(jax.devices()[0].device_kind)
         self.seconds = 0.0
         self.images = 0
         self.start()
@@ -130,8 +111,8 @@ class Clock:
             "images_per_second": images_per_second,
             "tflops_per_second": flops_per_second / 1e12,
         }
-        if self.peak:
-            reading["mfu"] = flops_per_second / (self.peak * jax.device_count())
+        if self.chip:
+            reading["mfu"] = flops_per_second / (self.chip.peak * jax.device_count())
         return reading
 
 

@@ -263,7 +263,7 @@ class FinalLayer(nnx.Module):
         return self.linear(x)
 
 
-# What the backward pass keeps of a block beside its input, where it does not keep all that it needs:
+# What the backward pass keeps of a block beside its input, where it does not keep all it needs:
 # the products of matrices, or nothing. The rest is computed again.
 REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

@@ -12,6 +12,7 @@ from conftest import tiny_config
 from PIL import Image
 
 from dit import log
+from dit.chips import Chip
 from dit.config import Config, Diverged
 
 METRICS = {"loss": 1.0, "mse": 0.75, "vb": 0.25, "grad_norm": 2.0, "learning_rate": 1e-3}
@@ -111,15 +112,6 @@ def test_the_clock_counts_images_flops_and_the_share_of_the_peak(time):
     assert clock.read()["images_per_second"] == 2
 
 
-def test_the_peak_of_a_chip_goes_by_its_kind():
-    assert log.peak_flops("NVIDIA H200") == 989e12
-    assert log.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert log.peak_flops("TPU v5 lite") == 197e12
-    assert log.peak_flops("TPU v5p") == 459e12
-    assert log.peak_flops("TPU v6 lite") == 918e12
-    assert log.peak_flops("cpu") is None
-
-
 def test_a_chip_without_a_known_peak_has_no_share_of_it(time):
     clock = log.Clock(1.0)
     time.now += 1
@@ -186,7 +178,7 @@ def test_what_is_done_in_a_pause_does_not_slow_the_rates(time, tmp_path):
 
 def test_the_bar_shows_loss_and_rates(time, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(log, "peak_flops", lambda kind: 5e12)
+    monkeypatch.setattr(log, "find_chip", lambda kind: Chip("new", (kind,), 5e12))
     with log.Log(config_in(tmp_path), 0, flops_per_image=1e11) as run:
         run.record(1, METRICS)
         time.now += 0.5
