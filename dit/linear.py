@@ -8,8 +8,6 @@
 In float32 the products are float32 on every device, neither TF32 nor bfloat16.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -31,8 +29,7 @@ def multiply(formula: str, a: jax.Array, b: jax.Array, dtype, out_dtype) -> jax.
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype) -> jax.Array:
+def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype) -> jax.Array:
     """(1): x `[..., I]`, kernel `[I, O]` and bias `[O]` to `[..., O]`."""
     kernel, bias = gather(kernel.astype(dtype)), gather(bias.astype(dtype))
     y = multiply("...i,io->...o", x, kernel, dtype, dtype)
@@ -40,7 +37,8 @@ def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype) -> jax.Array
 
 
 def _forward(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype) -> tuple[jax.Array, tuple]:
-    return affine(x, kernel, bias, dtype), (x, kernel)
+    # not by `affine`: the policy of a jax.checkpoint would not see the product inside it
+    return _affine(x, kernel, bias, dtype), (x, kernel)
 
 
 def _backward(dtype, saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -51,6 +49,7 @@ def _backward(dtype, saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array,
     return dx, dkernel, dbias
 
 
+affine = jax.custom_vjp(_affine, nondiff_argnums=(3,))
 affine.defvjp(_forward, _backward)
 
 

@@ -221,6 +221,17 @@ def test_remat_changes_the_computation_and_not_the_result():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(a).max()))
 
 
+def test_remat_dots_repeats_no_product_of_a_linear_layer():
+    def products(remat: str) -> int:
+        model = awaken(tiny_model(remat=remat))
+        x, t, y = inputs(model)
+        grad = jax.grad(lambda model: model(x, t, y).sum())
+        return str(jax.make_jaxpr(grad)(model)).count("dot_general")
+
+    assert products("dots") == products("none") + 2  # those of attention
+    assert products("full") >= products("dots") + 4  # qkv, proj, up, modulation; down is not needed
+
+
 def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_and_output_in_float32():
     model, exact = awaken(tiny_model(jnp.bfloat16)), awaken(tiny_model())
     output, expected = model(*inputs(model)), exact(*inputs(exact))
