@@ -13,6 +13,7 @@ from PIL import Image
 from dit import checkpoint, data
 from dit.config import Data, InputError
 from dit.images import to_uint8
+from dit.tfds import Decoded
 
 CIFAR10 = Data(name="cifar10", image_size=32, channels=3)
 TFDS_DATA_DIR = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
@@ -126,7 +127,7 @@ def tfds_record() -> dict:
 
 def read(record: dict, mask_classes: int) -> dict:
     config = Data(name="pets", image_size=10, channels=1, mask_classes=mask_classes)
-    return data.Decoded([record], "image", "label", config).read(record, 0)
+    return Decoded([record], "image", "label", config)[0]
 
 
 def test_masks_of_tfds_are_cropped_like_their_images_without_mixing_labels():
@@ -302,7 +303,7 @@ def test_a_set_too_large_for_memory_is_decoded_on_access_with_the_same_batches(m
     whole = data.open_dataset(CIFAR10)
     monkeypatch.setattr(data, "MEMORY_LIMIT", 0)
     lazy = data.open_dataset(CIFAR10)
-    assert isinstance(lazy.records, data.Decoded)
+    assert isinstance(lazy.records, Decoded)
     a = take(whole, 1, batch_size=5, seed=0, start=11)[0]
     b = take(lazy, 1, batch_size=5, seed=0, start=11)[0]
     np.testing.assert_array_equal(a["image"], b["image"])
