@@ -179,9 +179,10 @@ class Latents:
         return len(self.source)
 
     def read(self, indices: Sequence[int]) -> Batch:
-        from tensorflow_datasets.proto.tf_example_pb2 import Example
+        from tensorflow_datasets.proto import tf_example_pb2
 
-        examples = [Example.FromString(self.source[i]).features.feature for i in indices]
+        parse = tf_example_pb2.Example.FromString
+        examples = [parse(self.source[i]).features.feature for i in indices]
         latents = b"".join([example["latent"].bytes_list.value[0] for example in examples])
         labels = [example["label"].int64_list.value[0] for example in examples]
         return {
