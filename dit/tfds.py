@@ -48,31 +48,35 @@ class Decoded:
 
     def __getitem__(self, i: int) -> Record:
         """Record i. Raises Undecodable if its image is damaged."""
-        stored, size = self.source[i], self.config.image_size
-        label = stored[self.label_key]
+        return self.decode(i, self.source[i])
+
+    def decode(self, i: int, stored: dict) -> Record:
+        label, size = stored[self.label_key], self.config.image_size
         if label < 0:  # TFDS marks a split without labels by -1
             split = self.config.split
             raise InputError(f"data.split: {split!r} should have labels, and has {label}")
-        image = self.decode(stored, i)
+        image = self.decode_image(i, stored)
         record = {"image": centre_crop(image, size), "label": np.int32(label)}
         if self.config.mask_classes:
             record["mask"] = self.read_mask(stored)
         return record
 
     def read(self, indices: Sequence[int]) -> Batch:
-        """The records at some indices, in threads. Raises InputError if too many are damaged."""
-        records = list(self.pool.map(self.undamaged, indices))
+        """The records at some indices, decoded in threads. InputError if too many are damaged."""
+        indices = [int(i) for i in indices]
+        stored = self.source.__getitems__(indices)
+        records = list(self.pool.map(self.undamaged, indices, stored))
         return {name: np.stack([record[name] for record in records]) for name in records[0]}
 
-    def undamaged(self, i: int) -> Record:
+    def undamaged(self, i: int, stored: dict) -> Record:
         """Record i or, if its image is damaged, the next whose image is not."""
-        i = int(i)
         while True:
             try:
-                return self[i]
+                return self.decode(i, stored)
             except Undecodable as error:
                 self.count_damaged(i, error)
             i = (i + 1) % len(self)
+            stored = self.source[i]
 
     def count_damaged(self, i: int, error: Undecodable) -> None:
         """Names a damaged record, once. Raises InputError if there are too many."""
@@ -89,7 +93,7 @@ class Decoded:
             line = f"damaged record {count}, the next takes its place: {error}"
             tqdm.write(line, file=sys.stderr)
 
-    def decode(self, stored: dict, i: int) -> np.ndarray:
+    def decode_image(self, i: int, stored: dict) -> np.ndarray:
         """uint8 `[H, W, C]`, whatever colour space the file is in."""
         mode = "L" if self.config.channels == 1 else "RGB"
         try:

@@ -186,6 +186,9 @@ class Pictures:
             image = image[: len(image) // 2]
         return {"image": image, "label": i % 3, "file_name": f"{i}.png".encode()}
 
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        return [self[i] for i in indices]
+
 
 def write_vae(folder: Path, widths=(8, 8, 12, 16), groups=4, seed=0) -> Path:
     """A folder as diffusers writes one, of a small VAE with random weights."""

@@ -41,12 +41,12 @@ def test_records_are_decoded_in_threads(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     both = threading.Barrier(2)
 
-    class Meeting(Pictures):
-        def __getitem__(self, i):
-            both.wait(timeout=10)  # until another thread reads as well
-            return super().__getitem__(i)
+    class Meeting(Decoded):
+        def decode(self, i, stored):
+            both.wait(timeout=10)  # until another thread decodes as well
+            return super().decode(i, stored)
 
-    records = Decoded(Meeting(7), "image", "label", PICTURES)
+    records = Meeting(Pictures(7), "image", "label", PICTURES)
     assert shades(records, [5, 2, 1, 6]) == [5, 2, 1, 6]
 
 
@@ -96,8 +96,11 @@ def test_one_record_is_not_replaced():
 
 
 def test_a_record_without_a_label_is_no_damaged_one():
-    source = [Pictures(1)[0] | {"label": -1}]
-    records = Decoded(source, "image", "label", PICTURES)
+    class Unlabelled(Pictures):
+        def __getitem__(self, i):
+            return super().__getitem__(i) | {"label": -1}
+
+    records = Decoded(Unlabelled(5), "image", "label", PICTURES)
     with pytest.raises(InputError, match="data.split: 'train' should have labels, and has -1"):
         records.read([0])
     assert not records.damaged
