@@ -4,6 +4,7 @@ Everything of a run is kept in runs/NAME (--name, or --workdir DIR): config.json
 TensorBoard events, samples/, loss.png, checkpoints/. The same command again resumes it, exactly.
 """
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -144,6 +145,8 @@ def train(config: Config) -> State:
     has_grids = config.train.sample_every > 0 and (vae is not None or not config.data.latents)
     draw_grid = generate.make_grid_sampler(config, vae, dataset, mesh) if has_grids else None
     checkpoint.prepare_workdir(config)
+    hosts = (jax.process_index(), jax.process_count())
+    stream = batches(dataset, config.train.batch_size, seed, start, *hosts)  # reads from here on
     state = first_state(config, mesh, start)
     describe(config, state, len(dataset.records), start)
     began = time.perf_counter()
@@ -152,18 +155,20 @@ def train(config: Config) -> State:
     compiled_step = lowered.compile()  # fast where the compilation cache has it
     compiled = time.perf_counter()
     say(f"traced in {traced - began:.1f} s, compiled in {compiled - traced:.1f} s")
-    hosts = (jax.process_index(), jax.process_count())
-    stream = batches(dataset, config.train.batch_size, seed, start, *hosts)
     flops_per_image = 2 * 3 * multiply_adds(state.model)
 
     with (
+        contextlib.closing(stream),
         checkpoint.Checkpoints(config, dataset) as checkpoints,
         Log(config, start, flops_per_image) as log,
         cli.StopRequest() as stop,
     ):
         for step in range(start + 1, steps + 1):
-            state, metrics = compiled_step(state, place_batch(next(stream), mesh))
-            log.record(step, metrics)  # fetches those of the step before
+            asked = time.perf_counter()
+            batch = next(stream)
+            waited = time.perf_counter() - asked
+            state, metrics = compiled_step(state, place_batch(batch, mesh))
+            log.record(step, metrics | {"data_seconds": waited})  # fetches those of the step before
 
             evaluates = evaluate is not None and is_due(step, config.eval.every, steps)
             logs = evaluates or is_due(step, config.train.log_every, steps)

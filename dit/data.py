@@ -6,35 +6,50 @@ image); `label` int32 `[B]`; and `mask` uint8 `[B, H, W]` where the model has on
 and noise run on the device, in `augment`.
 """
 
-import difflib
-import io
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from dit.config import LATENT_CHANNELS, VAE_FACTOR, Config, Data, InputError, one_line, require
-from dit.images import centre_crop, from_uint8
+from dit.images import from_uint8
+from dit.log import Progress, say
+from dit.tfds import (
+    Batch,
+    Decoded,
+    open_split,
+    open_tfds,
+    read_class_names,
+    record_keys,
+    tfds_builder,
+)
+
+if TYPE_CHECKING:
+    from grain import DatasetIterator  # takes a second to import
 
 MEMORY_LIMIT = 4 << 30  # bytes of decoded images to keep in memory; more are decoded each epoch
+DECODE_LIMIT = 300  # seconds at the start to decode them in; else they are decoded each epoch
+DECODED_AT_ONCE = 1024  # images
 
-Record = dict[str, np.ndarray]  # {"image": uint8 [H, W, C], "label": int32}, or with a "latent"
 Condition = dict[str, jax.Array]  # what the model is told beside x and t: "y", and "mask" if any
+
+
+class Records(Protocol):
+    """What batches are read from, in any thread."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int]) -> Batch: ...
 
 
 @dataclass(frozen=True)
 class Dataset:
-    records: Sequence[Record]
+    records: Records
     class_names: tuple[str, ...]  # one a label
-
-
-class Undecodable(InputError):
-    """A record whose image is damaged."""
 
 
 def open_dataset(config: Data) -> Dataset:
@@ -55,22 +70,20 @@ def check_classes(config: Data, class_names: tuple[str, ...]) -> None:
 # Images in memory
 
 
+@dataclass(frozen=True)
 class InMemory:
-    """Images uint8 `[N, H, W, C]`, labels int32 `[N]` and masks uint8 `[N, H, W]`, if any."""
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray, masks: np.ndarray | None = None):
-        self.images = images
-        self.labels = labels
-        self.masks = masks
+    images: np.ndarray  # uint8 [N, H, W, C]
+    labels: np.ndarray  # int32 [N]
+    masks: np.ndarray | None = None  # uint8 [N, H, W]
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, i: int) -> Record:
-        record = {"image": self.images[i], "label": self.labels[i]}
+    def read(self, indices: Sequence[int]) -> Batch:
+        batch = {"image": self.images[indices], "label": self.labels[indices]}
         if self.masks is not None:
-            record["mask"] = self.masks[i]
-        return record
+            batch["mask"] = self.masks[indices]
+        return batch
 
 
 def open_digits(config: Data) -> Dataset:
@@ -101,91 +114,34 @@ def ink_masks(images: np.ndarray) -> np.ndarray:
     return cells.repeat(2, axis=1).repeat(2, axis=2).astype(np.uint8)
 
 
-# Images of TFDS
-
-
-class Decoded:
-    """A TFDS data source as records: decoded, cropped and resized on access, in any thread."""
-
-    def __init__(self, source: Any, image_key: str, label_key: str, config: Data):
-        self.source = source
-        self.image_key = image_key
-        self.label_key = label_key
-        self.config = config
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, i: int) -> Record:
-        return self.__getitems__([i])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Record]:
-        stored = self.source.__getitems__(indices)
-        return [self.read(record, i) for record, i in zip(stored, indices, strict=True)]
-
-    def read(self, stored: dict, i: int) -> Record:
-        label, size = stored[self.label_key], self.config.image_size
-        if label < 0:  # TFDS marks a split without labels by -1
-            split = self.config.split
-            raise InputError(f"data.split: {split!r} should have labels, and has {label}")
-        image = self.decode(stored, i)
-        record = {"image": centre_crop(image, size), "label": np.int32(label)}
-        if self.config.mask_classes:
-            record["mask"] = self.read_mask(stored)
-        return record
-
-    def decode(self, stored: dict, i: int) -> np.ndarray:
-        """uint8 `[H, W, C]`, whatever colour space the file is in."""
-        mode = "L" if self.config.channels == 1 else "RGB"
-        try:
-            picture = Image.open(io.BytesIO(stored[self.image_key])).convert(mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            name = stored.get("file_name", b"").decode() or f"record {i}"
-            raise Undecodable(
-                f"{self.config.name}: {name} cannot be decoded ({one_line(error)})"
-            ) from error
-        return np.asarray(picture).reshape(picture.height, picture.width, -1)
-
-    def read_mask(self, stored: dict) -> np.ndarray:
-        """uint8 `[H, W]`, counted from 0. The masks of oxford_iiit_pet are counted from 1."""
-        mask, classes = stored["segmentation_mask"], self.config.mask_classes
-        low, high = mask.min(), mask.max()
-        expected = f"that of masks which hold {low} to {high}"
-        require(low > 0 and high <= classes, "data.mask_classes", classes, expected)
-        return centre_crop(mask - 1, self.config.image_size, labels=True)[..., 0]
-
-
 def open_images(config: Data) -> Dataset:
-    """The images of a TFDS data set: in memory if they fit, otherwise decoded on access."""
+    """The images of a TFDS data set: in memory if they are few, otherwise decoded when read."""
     records, class_names = open_tfds(config)
-    if len(records) * config.image_size**2 * config.channels > MEMORY_LIMIT:
-        return Dataset(records, class_names)
-    decoded = []
-    for start in range(0, len(records), 1024):
-        stop = min(start + 1024, len(records))
-        decoded += records.__getitems__(range(start, stop))
-    columns = [np.stack([record[name] for record in decoded]) for name in decoded[0]]
-    return Dataset(InMemory(*columns), class_names)
-
-
-def open_tfds(config: Data) -> tuple[Decoded, tuple[str, ...]]:
-    """Any TFDS data set of images with one label, and its class names, without TensorFlow."""
-    import tensorflow_datasets as tfds
-
-    builder = tfds_builder(config.name)
-    features = builder.info.features
-    image_key, label_key = record_keys(builder)
-    channels, masks = features[image_key].shape[-1], config.mask_classes
-    fits = channels in (config.channels, None)
-    require(fits, "data.channels", config.channels, f"{channels}, as in {config.name!r}")
-    class_names = read_class_names(builder, label_key)
     check_classes(config, class_names)
-    has_masks = "segmentation_mask" in features
-    expected = f"0: {config.name!r} has no segmentation_mask"
-    require(not masks or has_masks, "data.mask_classes", masks, expected)
-    decoders = {image_key: tfds.decode.SkipDecoding()}
-    source = open_split(builder, config.split, decoders=decoders)
-    return Decoded(source, image_key, label_key, config), class_names
+    is_small = len(records) * config.image_size**2 * config.channels <= MEMORY_LIMIT
+    return Dataset(decode_all(records) if is_small else records, class_names)
+
+
+def decode_all(records: Decoded) -> InMemory | Decoded:
+    """The records in memory, or as they are if decoding them takes longer than DECODE_LIMIT."""
+    count = len(records)
+    arrays: Batch = {}
+    with closing(Progress(count, "image")) as progress:
+        for start in range(0, count, DECODED_AT_ONCE):
+            stop = min(start + DECODED_AT_ONCE, count)
+            for name, rows in records.read(range(start, stop)).items():
+                if name not in arrays:
+                    arrays[name] = np.empty((count, *rows.shape[1:]), rows.dtype)
+                arrays[name][start:stop] = rows
+            progress.advance(stop - start)
+            seconds = count / progress.rate
+            if seconds > DECODE_LIMIT:
+                say(
+                    f"images are decoded when they are read: to decode all {count:,} would take "
+                    f"{seconds:,.0f} s at the start, more than {DECODE_LIMIT}"
+                )
+                return records
+    return InMemory(arrays["image"], arrays["label"], arrays.get("mask"))
 
 
 def tfds_config(name: str, split: str, image_size: int) -> Data:
@@ -202,102 +158,37 @@ def tfds_config(name: str, split: str, image_size: int) -> Data:
     )
 
 
-def tfds_builder(name: str) -> Any:
-    """A prepared TFDS builder. Downloads what is missing; raises InputError if that fails."""
-    import tensorflow_datasets as tfds
-
-    # TFDS warns of folders that do not exist, which the InputError below reports
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    try:
-        builder = tfds.builder(name, file_format="array_record")
-    except (ValueError, AssertionError, ImportError) as error:
-        if "File format" in str(error):
-            raise InputError(
-                f"data.name: {name!r} was prepared as TFRecord, which only TensorFlow reads; set "
-                "TFDS_DATA_DIR to another folder, and it will be prepared there as ArrayRecord"
-            ) from error
-        names = ["digits", *tfds.list_builders(with_community_datasets=False)]
-        near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0)[0]
-        raise InputError(
-            f"data.name: {name!r} should be `digits` or a TFDS data set; the nearest is {near!r}"
-        ) from error
-    features = dict(builder.info.features)
-    kinds = [type(features.get(key)) for key in record_keys(builder)]
-    expected = "a TFDS data set of images with one class label"
-    is_labelled = kinds == [tfds.features.Image, tfds.features.ClassLabel]
-    require(is_labelled, "data.name", name, expected)
-    if not builder.is_prepared():
-        download(builder)
-    return builder
-
-
-def record_keys(builder: Any) -> tuple[str, str]:
-    """The names under which records hold the image and its label."""
-    return builder.info.supervised_keys or ("image", "label")
-
-
-def download(builder: Any) -> None:
-    import requests
-    import tensorflow_datasets as tfds
-
-    failures = (tfds.download.DownloadError, AssertionError, ImportError, OSError)
-    try:
-        requests.head("https://storage.googleapis.com", timeout=5)  # TFDS would try for minutes
-        builder.download_and_prepare()
-    except failures as error:  # those of requests are OSErrors
-        is_offline = isinstance(error, requests.exceptions.RequestException)
-        reason = "no network" if is_offline else f"{type(error).__name__} {one_line(error)}"
-        raise InputError(
-            f"data.name: {builder.name!r} is not in {builder.data_dir} and cannot be fetched "
-            f"({reason}); set TFDS_DATA_DIR to a folder that has it, or run the same command once "
-            "where there is a network"
-        ) from error
-
-
-def open_split(builder: Any, split: str, **options: Any) -> Any:
-    try:
-        return builder.as_data_source(split, **options)
-    except ValueError as error:
-        splits = ", ".join(builder.info.splits)
-        raise InputError(
-            f"data.split: {split!r} should be one of {splits}, or a slice of one that is not empty"
-        ) from error
-
-
-def read_class_names(builder: Any, label_key: str) -> tuple[str, ...]:
-    """A name for each label: TFDS's own, but words in place of ImageNet's synsets."""
-    names = tuple(builder.info.features[label_key].names)
-    is_imagenet = len(names) == 1000 and names[0] == "n01440764"
-    return imagenet_names() if is_imagenet else names
-
-
-def imagenet_names() -> tuple[str, ...]:
-    """The 1,000 classes of ILSVRC2012, each with its synonyms, separated by commas."""
-    from tensorflow_datasets.datasets.siscore.labels import IMAGENET_LABELS_LIST
-
-    return tuple(IMAGENET_LABELS_LIST)
-
-
 # Latents
 
 
 class Latents:
-    """A data source that dit.imagenet.latents wrote, as records."""
+    """A folder of dit.imagenet.latents as records.
 
-    def __init__(self, source: Any):
-        self.source = source
+    One by one, as TFDS reads batches in new threads each time, and without its own decoding, which
+    takes three times as long.
+    """
+
+    def __init__(self, builder: Any, split: str):
+        import tensorflow_datasets as tfds
+
+        as_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
+        self.source = open_split(builder, split, deserialize_method=as_bytes)
+        self.shape = builder.info.features["latent"].shape
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, i: int) -> Record:
-        return self.__getitems__([i])[0]
+    def read(self, indices: Sequence[int]) -> Batch:
+        from tensorflow_datasets.proto import tf_example_pb2
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Record]:
-        return [
-            {"latent": stored["latent"], "label": np.int32(stored["label"])}
-            for stored in self.source.__getitems__(indices)
-        ]
+        parse = tf_example_pb2.Example.FromString
+        examples = [parse(self.source[i]).features.feature for i in indices]
+        latents = b"".join([example["latent"].bytes_list.value[0] for example in examples])
+        labels = [example["label"].int64_list.value[0] for example in examples]
+        return {
+            "latent": np.frombuffer(latents, np.float16).reshape(-1, *self.shape),
+            "label": np.array(labels, np.int32),
+        }
 
 
 def open_latents(config: Data) -> Dataset:
@@ -306,22 +197,21 @@ def open_latents(config: Data) -> Dataset:
 
     try:
         builder = tfds.builder_from_directory(config.latents)
-        shape = builder.info.features["latent"].shape
-        whole = Latents(builder.as_data_source(next(iter(builder.info.splits))))
-        some = whole.__getitems__(np.linspace(0, len(whole) - 1, 64).astype(int).tolist())
+        whole = Latents(builder, next(iter(builder.info.splits)))
+        some = whole.read(np.linspace(0, len(whole) - 1, 64).astype(int))
     except Exception as error:  # TFDS, ArrayRecord and protobuf raise errors of their own
         raise InputError(
             f"data.latents: {config.latents!r} should be a finished, undamaged folder of python -m "
             f"dit.imagenet.latents ({type(error).__name__}: {one_line(error)[:120]})"
         ) from error
     side = config.image_size // VAE_FACTOR
-    expected = f"{shape[1] * VAE_FACTOR}, that of {config.latents!r}"
-    fits = shape == (2, side, side, 2 * LATENT_CHANNELS)
+    expected = f"{whole.shape[1] * VAE_FACTOR}, that of {config.latents!r}"
+    fits = whole.shape == (2, side, side, 2 * LATENT_CHANNELS)
     require(fits, "data.image_size", config.image_size, expected)
     class_names = read_class_names(builder, "label")
     check_classes(config, class_names)
-    check_scale(config, np.stack([record["latent"] for record in some]))
-    return Dataset(Latents(open_split(builder, config.split)), class_names)
+    check_scale(config, some["latent"])
+    return Dataset(Latents(builder, config.split), class_names)
 
 
 def check_scale(config: Data, latents: np.ndarray) -> None:
@@ -359,18 +249,21 @@ def batches(
     start: int = 0,
     process: int = 0,
     processes: int = 1,
-) -> Iterator[dict[str, np.ndarray]]:
-    """The batches of steps start, start + 1, ...; each epoch has an order of its own.
+) -> "DatasetIterator[Batch]":
+    """The batches of steps start, start + 1, ..., the first of which are read from now on.
 
-    Process p of P gets the rows [p B / P, (p + 1) B / P) of every batch.
+    Each epoch has an order of its own. Process p of P gets the rows [p B / P, (p + 1) B / P) of
+    every batch.
     """
     import grain
 
-    order = grain.MapDataset.source(dataset.records).seed(seed).shuffle().repeat()
+    records = dataset.records
+    order = grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat()
     shares = order.batch(batch_size // processes)[start * processes + process :: processes]
-    threads = 1 if isinstance(dataset.records, InMemory) else 8
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, 4))
-    return iter(shares.to_iter_dataset(options))
+    options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
+    stream = iter(shares.map(records.read).to_iter_dataset(options))
+    stream.start_prefetch()
+    return stream
 
 
 # What the network sees

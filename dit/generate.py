@@ -64,12 +64,15 @@ def make_condition(
 
 def example_masks(dataset: Dataset, labels: np.ndarray) -> np.ndarray:
     """A mask for each label, `[N, H, W]`: of an image of the class, if there is one in 1,000."""
-    records = [dataset.records[i] for i in range(min(len(dataset.records), 1000))]
-    masks = []
+    count = min(len(dataset.records), 1000)
+    examples = dataset.records.read(range(count))
+    chosen = []
     for i, label in enumerate(labels):
-        candidates = [record for record in records if record["label"] == label] or records
-        masks.append(candidates[i % len(candidates)]["mask"])
-    return np.stack(masks)
+        candidates = np.flatnonzero(examples["label"] == label)
+        if len(candidates) == 0:
+            candidates = np.arange(count)
+        chosen.append(candidates[i % len(candidates)])
+    return examples["mask"][chosen]
 
 
 # Drawing it

@@ -1,8 +1,9 @@
 """Eight fake CPU devices, no silent rank promotion, and what many tests share."""
 
+import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -15,8 +16,10 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 import sample
 import train
@@ -163,6 +166,28 @@ def optimised():
 
 
 # Files
+
+
+class Pictures:
+    """A TFDS source of 5x5 pictures; picture i is all of shade i (mod 256), of class i % 3."""
+
+    def __init__(self, count: int, damaged: Container[int] = ()):
+        self.count = count
+        self.damaged = damaged
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> dict:
+        file = io.BytesIO()
+        Image.fromarray(np.full((5, 5), i % 256, np.uint8)).save(file, "PNG")
+        image = file.getvalue()
+        if i in self.damaged:
+            image = image[: len(image) // 2]
+        return {"image": image, "label": i % 3, "file_name": f"{i}.png".encode()}
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        return [self[i] for i in indices]
 
 
 def write_vae(folder: Path, widths=(8, 8, 12, 16), groups=4, seed=0) -> Path:

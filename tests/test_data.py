@@ -1,19 +1,22 @@
-import io
 import json
 import os
+import threading
 from pathlib import Path
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, run_train, tiny_config
-from PIL import Image
+from conftest import TINY, Pictures, run_train, tiny_config
 
-from dit import checkpoint, data
+from dit import checkpoint, data, log
 from dit.config import Data, InputError
 from dit.images import to_uint8
+from dit.tfds import Decoded
 
+GOLDEN = [12, 9, 10, 8, 1, 0, 6, 5, 7, 11, 4, 2, 3, 7, 6]  # the first rows of 13 records, seed 5
+PICTURES = Data(name="pictures", image_size=5, channels=1, num_classes=3)
 CIFAR10 = Data(name="cifar10", image_size=32, channels=3)
 TFDS_DATA_DIR = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
 needs_cifar10 = pytest.mark.skipif(
@@ -70,6 +73,51 @@ def test_each_epoch_shows_every_record_once_in_an_order_of_its_own():
     assert (epochs[0] != np.arange(12)).any()
 
 
+def test_the_order_is_that_of_the_records_shuffled_one_by_one():
+    """A run that goes on under a newer version sees the batches that it would have seen."""
+    order = grain.MapDataset.source(np.arange(13)).seed(5).shuffle().repeat()
+    expected = [int(order[i]) for i in range(3 * 13)]
+    assert expected[:15] == GOLDEN
+    images = np.arange(13, dtype=np.uint8).reshape(13, 1, 1, 1)
+    records = data.InMemory(images, np.arange(13, dtype=np.int32))
+    for start, process, processes in [(0, 0, 1), (2, 0, 1), (1, 1, 3)]:
+        options = dict(batch_size=6, seed=5, start=start, process=process, processes=processes)
+        share = 6 // processes
+        for step, batch in enumerate(take(data.Dataset(records, ()), 3, **options), start):
+            first = 6 * step + share * process
+            assert batch["label"].tolist() == expected[first : first + share]
+            assert batch["image"].ravel().tolist() == expected[first : first + share]
+
+
+class Counted:
+    """Records that note the indices of every call."""
+
+    def __init__(self):
+        self.calls = []
+        self.called = threading.Event()
+
+    def __len__(self) -> int:
+        return 13
+
+    def read(self, indices):
+        self.calls.append(len(indices))
+        self.called.set()
+        return {"label": np.asarray(indices)}
+
+
+def test_a_batch_is_read_in_one_call():
+    records = Counted()
+    take(data.Dataset(records, ()), 3, batch_size=10, seed=0, process=1, processes=2)
+    assert set(records.calls) == {5}
+
+
+def test_batches_are_read_before_they_are_asked_for():
+    records = Counted()
+    stream = data.batches(data.Dataset(records, ()), 5, seed=0)
+    assert records.called.wait(timeout=10)
+    stream.close()
+
+
 def test_the_processes_parts_make_up_the_batch():
     digits = data.open_dataset(Data())
     options = dict(batch_size=6, seed=1, start=2)
@@ -115,36 +163,9 @@ def test_masks_are_mirrored_with_their_images():
     np.testing.assert_array_equal(mask[mirrored], batch["mask"][mirrored][..., ::-1])
 
 
-def tfds_record() -> dict:
-    """A picture of 20 x 31 that shows its own mask of labels 1 and 3."""
-    mask = np.ones((20, 31, 1), np.uint8)
-    mask[:, 20:] = 3
-    file = io.BytesIO()
-    Image.fromarray(mask[..., 0] * 80).save(file, "PNG")
-    return {"image": file.getvalue(), "label": 5, "segmentation_mask": mask}
-
-
-def read(record: dict, mask_classes: int) -> dict:
-    config = Data(name="pets", image_size=10, channels=1, mask_classes=mask_classes)
-    return data.Decoded([record], "image", "label", config).read(record, 0)
-
-
-def test_masks_of_tfds_are_cropped_like_their_images_without_mixing_labels():
-    record = read(tfds_record(), 3)
-    assert record["mask"].shape == (10, 10)
-    assert set(np.unique(record["mask"])) == {0, 2}
-    np.testing.assert_array_equal(record["image"][..., 0] > 160, record["mask"] == 2)
-
-
-def test_masks_that_are_not_what_the_config_says_are_refused():
+def test_masks_of_digits_that_are_not_what_the_config_says_are_refused():
     with pytest.raises(InputError, match="data.mask_classes: 3 should be 2 for 'digits'"):
         data.open_dataset(Data(mask_classes=3))
-    record = tfds_record()
-    from_zero = record | {"segmentation_mask": record["segmentation_mask"] - 1}
-    with pytest.raises(InputError, match="3 should be that of masks which hold 0 to 2"):
-        read(from_zero, 3)
-    with pytest.raises(InputError, match="2 should be that of masks which hold 1 to 3"):
-        read(record, 2)
 
 
 # The condition and its null
@@ -239,7 +260,86 @@ def test_the_imagenet_presets_are_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-# Images of TFDS
+# Images of TFDS: decoded at the start, or when they are read
+
+
+def open_pictures(monkeypatch, source, config=PICTURES) -> data.Dataset:
+    """The data set that a config opens if TFDS finds this source."""
+    records = Decoded(source, "image", "label", config)
+    monkeypatch.setattr(data, "open_tfds", lambda config: (records, ("a", "b", "c")))
+    monkeypatch.setattr(data, "DECODED_AT_ONCE", 5)
+    return data.open_dataset(config)
+
+
+@pytest.mark.parametrize("count", [4, 5, 211])
+def test_images_are_decoded_into_memory_with_a_progress_bar(monkeypatch, capsys, count):
+    source = Pictures(count, damaged={7, 210})
+    records = open_pictures(monkeypatch, source).records
+    assert isinstance(records, data.InMemory)
+    assert f"image {count}/{count}  " in capsys.readouterr().err
+    every = np.arange(count)
+    expected = Decoded(source, "image", "label", PICTURES).read(every)
+    assert records.images.shape == (count, 5, 5, 1)
+    for name, rows in records.read(every).items():
+        assert rows.dtype == expected[name].dtype
+        np.testing.assert_array_equal(rows, expected[name])
+
+
+@pytest.mark.parametrize("limit, is_slow", [(12, True), (14, False)])
+def test_images_that_take_too_long_are_decoded_when_they_are_read(
+    monkeypatch, capsys, limit, is_slow
+):
+    clock = Clock(monkeypatch)
+    source = Slow(13, clock)  # 13 seconds for all
+    monkeypatch.setattr(data, "DECODE_LIMIT", limit)
+    records = open_pictures(monkeypatch, source).records
+    assert isinstance(records, Decoded if is_slow else data.InMemory)
+    assert clock.now == (5 if is_slow else 13), "the first records tell"
+    line = "images are decoded when they are read: to decode all 13 would take 13 s at the start, "
+    assert capsys.readouterr().out == (line + "more than 12\n" if is_slow else "")
+
+
+class Clock:
+    """Seconds that tests set."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0
+        self.lock = threading.Lock()
+        monkeypatch.setattr(log.time, "monotonic", lambda: self.now)
+
+
+class Slow(Pictures):
+    """A second a picture, however many threads there are."""
+
+    def __init__(self, count: int, clock: Clock):
+        super().__init__(count)
+        self.clock = clock
+
+    def __getitem__(self, i: int) -> dict:
+        with self.clock.lock:
+            self.clock.now += 1
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize("limit", [0, 1000])
+@pytest.mark.parametrize("damaged", [{7, 210}, {7, 8, 210}])
+def test_a_run_goes_on_past_damaged_records_unless_they_are_many(
+    monkeypatch, capsys, tmp_path, limit, damaged
+):
+    monkeypatch.setattr(data, "DECODE_LIMIT", limit)
+    records = Decoded(Pictures(211, damaged), "image", "label", PICTURES)
+    monkeypatch.setattr(data, "open_tfds", lambda config: (records, ("a", "b", "c")))
+    options = "--data.name pictures --data.image-size 5 --data.num-classes 3 --model.patch-size 5"
+    argv = [*TINY, *options.split(), "--train.steps", "15", "--workdir", tmp_path]
+    if len(damaged) == 2:
+        assert int(run_train(*argv).step) == 15  # 240 images, so each of the 211
+        assert capsys.readouterr().err.count("damaged record ") == 2
+    else:
+        with pytest.raises(SystemExit) as stop:
+            run_train(*argv)
+        assert stop.value.code == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert "data.name: 'pictures' should have at most 1% damaged records" in last
 
 
 @needs_cifar10
@@ -302,7 +402,7 @@ def test_a_set_too_large_for_memory_is_decoded_on_access_with_the_same_batches(m
     whole = data.open_dataset(CIFAR10)
     monkeypatch.setattr(data, "MEMORY_LIMIT", 0)
     lazy = data.open_dataset(CIFAR10)
-    assert isinstance(lazy.records, data.Decoded)
+    assert isinstance(lazy.records, Decoded)
     a = take(whole, 1, batch_size=5, seed=0, start=11)[0]
     b = take(lazy, 1, batch_size=5, seed=0, start=11)[0]
     np.testing.assert_array_equal(a["image"], b["image"])

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from dit import cli, generate
 from dit.config import Data, InputError
+from dit.data import InMemory
 from dit.imagenet import fid
 from dit.imagenet.inception import Features, Inception, load_inception, published_shapes
 from dit.metrics import gaussian_of
@@ -73,11 +74,12 @@ def few_digits(monkeypatch):
 
     def open_some(config):
         dataset = before(config)
-        records = [dataset.records[i] for i in range(DIGITS)]
-        return dataclasses.replace(dataset, records=records)
+        records = dataset.records
+        few = InMemory(records.images[:DIGITS], records.labels[:DIGITS])
+        return dataclasses.replace(dataset, records=few)
 
     monkeypatch.setattr(fid, "open_dataset", open_some)
-    return np.stack([record["image"] for record in open_some(Data()).records])
+    return open_some(Data()).records.images
 
 
 def write(path, **arrays):

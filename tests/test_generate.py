@@ -9,11 +9,12 @@ from conftest import awaken, show_condition, tiny_config
 
 from dit import generate
 from dit.config import Config
-from dit.data import Dataset, InMemory, imagenet_names, open_dataset
+from dit.data import Dataset, InMemory, open_dataset
 from dit.files import claim_folder
 from dit.images import from_uint8, to_uint8
 from dit.sharding import local_mesh, make_mesh, replicated
 from dit.state import make_model, make_objective
+from dit.tfds import imagenet_names
 
 DDIM = dict(sampler="ddim", steps=3)
 DDPM = dict(sampler="ddpm", steps=3)
@@ -365,14 +366,14 @@ def test_a_grid_of_a_model_with_masks_shows_masks_of_each_rows_class():
     images, names = generate.make_grid_sampler(config, None, digits, local_mesh())(
         show_condition(config, brightness)
     )
-    records = [digits.records[i] for i in range(1000)]
+    examples = digits.records.read(range(1000))
     rows = images.reshape(10, -1, 8, 8, 1).astype(int)
     varied = [len(np.unique(row, axis=0)) > 1 for row in rows]
     assert sum(varied) > 5, "not one mask for all"
     for name, row in zip(names, rows, strict=True):
         label = int(name)
-        masks = [r["mask"] for r in records if r["label"] == label]
-        expected = bytes_of(brightness(np.full(len(masks), label), np.stack(masks) * 1.0))
+        masks = examples["mask"][examples["label"] == label]
+        expected = bytes_of(brightness(np.full(len(masks), label), masks * 1.0))
         for image in row:
             assert (np.abs(image - expected).max(axis=(1, 2, 3)) <= 1).any()
 

@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -17,6 +19,7 @@ from PIL import Image
 
 import train
 from dit import checkpoint, generate
+from dit.data import InMemory
 from dit.sharding import make_mesh
 from dit.state import abstract_state
 
@@ -76,7 +79,7 @@ def test_a_run_leaves_what_it_promises(whole_run):
 
     lines = rows(whole_run)
     assert [row["step"] for row in lines] == list(range(1, 21))
-    names = "loss mse vb grad_norm learning_rate images_per_second tflops_per_second"
+    names = "loss mse vb grad_norm learning_rate data_seconds images_per_second tflops_per_second"
     assert lines[-1].keys() >= set(names.split())
     assert lines[0]["mse"] == pytest.approx(1, abs=0.2), "the zero output predicts no noise"
     config = checkpoint.stored_config(whole_run, 20)
@@ -84,6 +87,57 @@ def test_a_run_leaves_what_it_promises(whole_run):
     assert json.loads((whole_run / "config.json").read_text()) == json.loads(config.to_json())
     facts = {"class_names": list("0123456789"), "num_examples": 1797}
     assert checkpoint.stored_dataset(whole_run, 20) == facts
+
+
+def watch_stream(monkeypatch) -> list:
+    """The streams of batches that runs make."""
+    streams = []
+    before = train.batches
+
+    def batches(*args):
+        streams.append(before(*args))
+        return streams[-1]
+
+    monkeypatch.setattr(train, "batches", batches)
+    return streams
+
+
+def test_data_is_read_while_the_state_is_made_and_no_longer_than_the_run(tmp_path, monkeypatch):
+    streams = watch_stream(monkeypatch)
+    is_read = threading.Event()
+    before = train.first_state
+    read = InMemory.read
+
+    def noted(records, indices):
+        is_read.set()
+        return read(records, indices)
+
+    def first_state(*args):
+        assert is_read.wait(timeout=10)
+        return before(*args)
+
+    monkeypatch.setattr(InMemory, "read", noted)
+    monkeypatch.setattr(train, "first_state", first_state)
+    run_train(*TINY, "--workdir", tmp_path, "--train.steps", "1")
+    (stream,) = streams
+    with pytest.raises(ValueError, match="closed"):
+        next(stream)
+
+
+def test_data_seconds_are_the_mean_time_that_a_step_waited_for_its_batch(tmp_path, monkeypatch):
+    clock = types.SimpleNamespace(now=0.0)
+    before = train.batches
+
+    def slow_batches(*args):
+        for seconds, batch in zip([3, 5, 7, 1], before(*args), strict=False):
+            clock.now += seconds
+            yield batch
+
+    monkeypatch.setattr(train, "batches", slow_batches)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock.now)
+    options = ["--train.steps", "4", "--train.log-every", "2"]
+    run_train(*TINY, *options, "--workdir", tmp_path)
+    assert [row["data_seconds"] for row in rows(tmp_path)] == [4, 4]
 
 
 def test_a_python_file_is_as_good_as_a_preset(tmp_path, monkeypatch):

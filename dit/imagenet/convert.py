@@ -35,11 +35,11 @@ if __name__ == "__main__":  # --help and bad input are answered before jax is im
         OPTIONS = cli.parse(Convert, sys.argv[1:], "python -m dit.imagenet.convert", __doc__)
 
 from dit import checkpoint
-from dit.data import imagenet_names
 from dit.imagenet.diffusers import read_diffusers, write_diffusers
 from dit.imagenet.official import from_official, to_official
 from dit.imagenet.tensors import read_tensors, write_tensors
 from dit.model import DiT, count_parameters
+from dit.tfds import imagenet_names
 
 
 def run(options: Convert) -> None:

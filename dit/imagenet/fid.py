@@ -156,7 +156,7 @@ def dataset_batches(dataset: Dataset) -> Iterator[np.ndarray]:
     count = len(dataset.records)
     for first in range(0, count, BATCH):
         indices = range(first, min(first + BATCH, count))
-        yield np.stack([dataset.records[i]["image"] for i in indices])
+        yield dataset.records.read(indices)["image"]
 
 
 def read_reference(option: str, path: Path, extract: Extract) -> Statistics:

@@ -47,13 +47,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dit import data
+from dit.data import tfds_config
 from dit.files import claim_folder, whole
 from dit.generate import num_vae_parts
 from dit.imagenet.vae import VAE, load_vae
 from dit.images import from_uint8
 from dit.log import Progress, say
 from dit.sharding import connect_hosts, local_mesh, map_parts, place_rows, replicated
+from dit.tfds import Decoded, Record, Undecodable, open_tfds
 
 THREADS = 16  # that decode images
 
@@ -81,18 +82,16 @@ def encode(vae: VAE, images: jax.Array, parts: int = 1) -> jax.Array:
     return map_parts(both_sides, images, parts)
 
 
-def read(records: data.Decoded, i: int) -> data.Record | None:
+def read(records: Decoded, i: int) -> Record | None:
     """Record i. None, after a line on stderr, if its image is damaged."""
     try:
         return records[i]
-    except data.Undecodable as error:
+    except Undecodable as error:
         print(f"skipped: {error}", file=sys.stderr, flush=True)
         return None
 
 
-def decoded_batches(
-    records: data.Decoded, indices: range, batch_size: int
-) -> Iterator[list[data.Record]]:
+def decoded_batches(records: Decoded, indices: range, batch_size: int) -> Iterator[list[Record]]:
     """The records that can be decoded, in order, read by threads."""
     with ThreadPoolExecutor(THREADS) as pool:
         for first in range(indices.start, indices.stop, batch_size):
@@ -102,7 +101,7 @@ def decoded_batches(
 
 
 def encode_records(
-    vae: VAE, records: data.Decoded, indices: range, batch_size: int, mesh: jax.sharding.Mesh
+    vae: VAE, records: Decoded, indices: range, batch_size: int, mesh: jax.sharding.Mesh
 ) -> Iterator[Example]:
     """The latents of the records that can be decoded, in order.
 
@@ -122,7 +121,7 @@ def encode_records(
         yield from examples(*pending)
 
 
-def examples(moments: jax.Array, batch: list[data.Record]) -> Iterator[Example]:
+def examples(moments: jax.Array, batch: list[Record]) -> Iterator[Example]:
     """One for each record; further rows of `moments` are padding."""
     for latent, record in zip(np.asarray(moments), batch, strict=False):
         yield {"latent": latent, "label": record["label"]}
@@ -249,13 +248,13 @@ def check(options: MakeLatents) -> None:
     require(name != "digits", "DATASET", name, "a TFDS data set of colour images")
 
 
-def open_records(options: MakeLatents) -> tuple[data.Decoded, tuple[str, ...]]:
+def open_records(options: MakeLatents) -> tuple[Decoded, tuple[str, ...]]:
     """The images, cropped as they are read, and the names of their classes. Raises InputError."""
-    config = data.tfds_config(options.name, options.split, options.size)
+    config = tfds_config(options.name, options.split, options.size)
     has_colours = config.channels == 3
     require(has_colours, "DATASET", options.name, "one of colour images, which the VAE takes")
-    records, class_names = data.open_tfds(config)
-    first = records.source.__getitems__([0])[0]
+    records, class_names = open_tfds(config)
+    first = records.source[0]
     is_labelled = first[records.label_key] >= 0
     require(is_labelled, "--split", options.split, "a split with labels")
     return records, class_names

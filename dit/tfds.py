@@ -1,0 +1,209 @@
+"""Any TFDS data set of images with one label: found or downloaded, and decoded without TensorFlow.
+
+Images are decoded when they are read. One that is damaged is named and counted, and the next takes
+its place, so what stands at an index never changes.
+"""
+
+import difflib
+import io
+import logging
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from dit.config import Data, InputError, one_line, require
+from dit.images import centre_crop
+
+MAX_DAMAGED = 0.01  # of the records; with more the data set is refused
+
+Record = dict[str, np.ndarray]  # {"image": uint8 [H, W, C], "label": int32}, or with a "mask"
+Batch = dict[str, np.ndarray]  # records, stacked
+
+
+class Undecodable(InputError):
+    """A record whose image is damaged."""
+
+
+class Decoded:
+    """A TFDS data source as records: decoded, cropped and resized when they are read."""
+
+    def __init__(self, source: Any, image_key: str, label_key: str, config: Data):
+        self.source = source
+        self.image_key = image_key
+        self.label_key = label_key
+        self.config = config
+        self.damaged: set[int] = set()
+        self.lock = threading.Lock()
+        self.pool = ThreadPoolExecutor(os.cpu_count())
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> Record:
+        """Record i. Raises Undecodable if its image is damaged."""
+        return self.decode(i, self.source[i])
+
+    def decode(self, i: int, stored: dict) -> Record:
+        label, size = stored[self.label_key], self.config.image_size
+        if label < 0:  # TFDS marks a split without labels by -1
+            split = self.config.split
+            raise InputError(f"data.split: {split!r} should have labels, and has {label}")
+        image = self.decode_image(i, stored)
+        record = {"image": centre_crop(image, size), "label": np.int32(label)}
+        if self.config.mask_classes:
+            record["mask"] = self.read_mask(stored)
+        return record
+
+    def read(self, indices: Sequence[int]) -> Batch:
+        """The records at some indices, decoded in threads. InputError if too many are damaged."""
+        indices = [int(i) for i in indices]
+        stored = self.source.__getitems__(indices)
+        records = list(self.pool.map(self.undamaged, indices, stored))
+        return {name: np.stack([record[name] for record in records]) for name in records[0]}
+
+    def undamaged(self, i: int, stored: dict) -> Record:
+        """Record i or, if its image is damaged, the next whose image is not."""
+        while True:
+            try:
+                return self.decode(i, stored)
+            except Undecodable as error:
+                self.count_damaged(i, error)
+            i = (i + 1) % len(self)
+            stored = self.source[i]
+
+    def count_damaged(self, i: int, error: Undecodable) -> None:
+        """Names a damaged record, once. Raises InputError if there are too many."""
+        with self.lock:
+            is_new = i not in self.damaged
+            self.damaged.add(i)
+            count = len(self.damaged)
+        if count > MAX_DAMAGED * len(self):
+            raise InputError(
+                f"data.name: {self.config.name!r} should have at most {MAX_DAMAGED:.0%} damaged "
+                f"records, and has {count} or more of {len(self):,}; one is {error}"
+            ) from error
+        if is_new:  # on every host, as each reads records of its own
+            line = f"damaged record {count}, the next takes its place: {error}"
+            tqdm.write(line, file=sys.stderr)
+
+    def decode_image(self, i: int, stored: dict) -> np.ndarray:
+        """uint8 `[H, W, C]`, whatever colour space the file is in."""
+        mode = "L" if self.config.channels == 1 else "RGB"
+        try:
+            picture = Image.open(io.BytesIO(stored[self.image_key])).convert(mode)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            name = stored.get("file_name", b"").decode() or f"record {i}"
+            raise Undecodable(
+                f"{self.config.name}: {name} cannot be decoded ({one_line(error)})"
+            ) from error
+        return np.asarray(picture).reshape(picture.height, picture.width, -1)
+
+    def read_mask(self, stored: dict) -> np.ndarray:
+        """uint8 `[H, W]`, counted from 0. The masks of oxford_iiit_pet are counted from 1."""
+        mask, classes = stored["segmentation_mask"], self.config.mask_classes
+        low, high = mask.min(), mask.max()
+        expected = f"that of masks which hold {low} to {high}"
+        require(low > 0 and high <= classes, "data.mask_classes", classes, expected)
+        return centre_crop(mask - 1, self.config.image_size, labels=True)[..., 0]
+
+
+def open_tfds(config: Data) -> tuple[Decoded, tuple[str, ...]]:
+    """Any TFDS data set of images with one label, and its class names, without TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    builder = tfds_builder(config.name)
+    features = builder.info.features
+    image_key, label_key = record_keys(builder)
+    channels, masks = features[image_key].shape[-1], config.mask_classes
+    fits = channels in (config.channels, None)
+    require(fits, "data.channels", config.channels, f"{channels}, as in {config.name!r}")
+    has_masks = "segmentation_mask" in features
+    expected = f"0: {config.name!r} has no segmentation_mask"
+    require(not masks or has_masks, "data.mask_classes", masks, expected)
+    decoders = {image_key: tfds.decode.SkipDecoding()}
+    source = open_split(builder, config.split, decoders=decoders)
+    class_names = read_class_names(builder, label_key)
+    return Decoded(source, image_key, label_key, config), class_names
+
+
+def tfds_builder(name: str) -> Any:
+    """A prepared TFDS builder. Downloads what is missing; raises InputError if that fails."""
+    import tensorflow_datasets as tfds
+
+    # TFDS warns of folders that do not exist, which the InputError below reports
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        builder = tfds.builder(name, file_format="array_record")
+    except (ValueError, AssertionError, ImportError) as error:
+        if "File format" in str(error):
+            raise InputError(
+                f"data.name: {name!r} was prepared as TFRecord, which only TensorFlow reads; set "
+                "TFDS_DATA_DIR to another folder, and it will be prepared there as ArrayRecord"
+            ) from error
+        names = ["digits", *tfds.list_builders(with_community_datasets=False)]
+        near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0)[0]
+        raise InputError(
+            f"data.name: {name!r} should be `digits` or a TFDS data set; the nearest is {near!r}"
+        ) from error
+    features = dict(builder.info.features)
+    kinds = [type(features.get(key)) for key in record_keys(builder)]
+    expected = "a TFDS data set of images with one class label"
+    is_labelled = kinds == [tfds.features.Image, tfds.features.ClassLabel]
+    require(is_labelled, "data.name", name, expected)
+    if not builder.is_prepared():
+        download(builder)
+    return builder
+
+
+def record_keys(builder: Any) -> tuple[str, str]:
+    """The names under which records hold the image and its label."""
+    return builder.info.supervised_keys or ("image", "label")
+
+
+def download(builder: Any) -> None:
+    import requests
+    import tensorflow_datasets as tfds
+
+    failures = (tfds.download.DownloadError, AssertionError, ImportError, OSError)
+    try:
+        requests.head("https://storage.googleapis.com", timeout=5)  # TFDS would try for minutes
+        builder.download_and_prepare()
+    except failures as error:  # those of requests are OSErrors
+        is_offline = isinstance(error, requests.exceptions.RequestException)
+        reason = "no network" if is_offline else f"{type(error).__name__} {one_line(error)}"
+        raise InputError(
+            f"data.name: {builder.name!r} is not in {builder.data_dir} and cannot be fetched "
+            f"({reason}); set TFDS_DATA_DIR to a folder that has it, or run the same command once "
+            "where there is a network"
+        ) from error
+
+
+def open_split(builder: Any, split: str, **options: Any) -> Any:
+    try:
+        return builder.as_data_source(split, **options)
+    except ValueError as error:
+        splits = ", ".join(builder.info.splits)
+        raise InputError(
+            f"data.split: {split!r} should be one of {splits}, or a slice of one that is not empty"
+        ) from error
+
+
+def read_class_names(builder: Any, label_key: str) -> tuple[str, ...]:
+    """A name for each label: TFDS's own, but words in place of ImageNet's synsets."""
+    names = tuple(builder.info.features[label_key].names)
+    is_imagenet = len(names) == 1000 and names[0] == "n01440764"
+    return imagenet_names() if is_imagenet else names
+
+
+def imagenet_names() -> tuple[str, ...]:
+    """The 1,000 classes of ILSVRC2012, each with its synonyms, separated by commas."""
+    from tensorflow_datasets.datasets.siscore.labels import IMAGENET_LABELS_LIST
+
+    return tuple(IMAGENET_LABELS_LIST)
