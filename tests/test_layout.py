@@ -25,6 +25,7 @@ ROWS = [
     "dit.ddpm",
     "dit.model",
     "dit.normalization",
+    "dit.hosts",
     "dit.sharding",
     "dit.images dit.metrics",
     "dit.files",
