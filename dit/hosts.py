@@ -96,7 +96,11 @@ class AnyHost:
 
         from dit.sharding import batch_sharding, replicated
 
-        self.flag_sharding = batch_sharding(mesh)
+        self.flags = {}
+        for flag in (False, True):
+            rows = np.full(len(mesh.local_devices), flag, np.int32)
+            flags = jax.make_array_from_process_local_data(batch_sharding(mesh), rows)
+            self.flags[flag] = flags  # [devices], of which this host sets its own
         self.largest = jax.jit(lambda flags: flags.max(), out_shardings=replicated(mesh))
         self.pending: jax.Array | None = None
 
@@ -106,7 +110,5 @@ class AnyHost:
         if jax.process_count() == 1:
             return flag
         earlier = self.pending
-        flags = np.full(len(self.flag_sharding.addressable_devices), flag, np.int32)
-        flags = jax.make_array_from_process_local_data(self.flag_sharding, flags)  # [devices]
-        self.pending = self.largest(flags)
+        self.pending = self.largest(self.flags[flag])
         return earlier is not None and bool(earlier)
