@@ -23,8 +23,18 @@ import numpy as np
 import tyro
 
 from dit import checkpoint, cli
-from dit.config import Config, InputError, PositiveInt, Probability, Seed, require
+from dit.config import (
+    Config,
+    InputError,
+    LocalPath,
+    PositiveInt,
+    Probability,
+    Seed,
+    check_value,
+    require,
+)
 from dit.files import claim_folder
+from dit.hosts import connect_hosts, refused_together
 
 Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR_OR_WEIGHTS")]
 
@@ -51,20 +61,21 @@ class Sample:
     dtype: Literal["float32", "bfloat16"] | None = None  # of the products; None is the run's
     ema: bool = True  # take the averaged weights rather than the last
     distributed: bool = False  # several hosts, which share the folder of --out
-    out: str = "samples.png"  # .png for a grid, .npz for arrays
+    out: LocalPath = "samples.png"  # .png for a grid, .npz for arrays
 
 
 def run(options: Sample) -> Path:
     """Draws what the options ask for and returns the file it wrote. Raises InputError."""
-    workdir = Path(options.workdir)
-    step, damaged = checkpoint.newest_intact(workdir)
-    for line in damaged:
-        print(line)
-    config = checkpoint.stored_config(workdir, step)
-    class_names = tuple(checkpoint.stored_dataset(workdir, step)["class_names"])
-    options = complete(options, config)
-    check(options, config)
-    numbers = [class_number(word, class_names) for word in options.classes]
+    workdir, out = Path(options.workdir), Path(options.out)
+    connect_hosts(options.distributed, "--distributed")
+    with refused_together(options.distributed):
+        check_value("workdir", options.workdir, LocalPath)
+        step, damaged = checkpoint.newest_intact(workdir)
+        config = checkpoint.stored_config(workdir, step)
+        class_names = tuple(checkpoint.stored_dataset(workdir, step)["class_names"])
+        options = complete(options, config)
+        check(options, config)
+        numbers = [class_number(word, class_names) for word in options.classes]
 
     # what follows needs jax, which takes a second to import
     import jax
@@ -72,16 +83,18 @@ def run(options: Sample) -> Path:
     from dit import generate
     from dit.imagenet.vae import load_vae
     from dit.images import save_grid
-    from dit.sharding import connect_hosts, local_mesh, replicated
+    from dit.log import say
+    from dit.sharding import local_mesh, replicated
 
-    connect_hosts(options.distributed, "--distributed")
+    for line in damaged:
+        say(line)
     mesh = local_mesh()  # each host draws on its own
-    out = Path(options.out)
+    with refused_together(options.distributed):
+        vae = jax.device_put(load_vae(options.vae), replicated(mesh)) if options.vae else None
+        mask = read_mask(options, config) if config.data.mask_classes else None
+        style = read_style(options, config, vae) if options.style else None
     at_most = len(class_names) if out.suffix == ".npz" else 10
     classes = np.array(numbers or generate.spread_classes(len(class_names), at_most), np.int32)
-    vae = jax.device_put(load_vae(options.vae), replicated(mesh)) if options.vae else None
-    mask = read_mask(options, config) if config.data.mask_classes else None
-    style = read_style(options, config, vae) if options.style else None
     if options.num_samples is None:
         labels = classes.repeat(options.per_class)
     else:
@@ -109,6 +122,7 @@ def run(options: Sample) -> Path:
     elif jax.process_index() == 0:
         images = generate.draw_all(draw, model, vae, len(labels), options.batch_size)
         save_grid(out, images, generate.short_names(classes, class_names))
+    say(f"wrote {out}")
     return out
 
 
@@ -231,7 +245,6 @@ def read_style(options: Sample, config: Config, vae: Any) -> Any:
 def claimed_parts(options: Sample, step: int, classes: np.ndarray) -> Iterator[Path]:
     """A folder for the parts of --out, which only the same request resumes; removed at the end."""
     import jax
-    from jax.experimental import multihost_utils
 
     out = Path(options.out)
     pictures = [options.mask, options.style]
@@ -242,9 +255,11 @@ def claimed_parts(options: Sample, step: int, classes: np.ndarray) -> Iterator[P
         "pictures": [zlib.crc32(Path(path).read_bytes()) for path in pictures if path],
     }
     folder = Path(options.out + ".parts")
-    if jax.process_index() == 0:
-        claim_folder(folder, request, "--out")
-    multihost_utils.sync_global_devices("the folder of parts exists")
+    with refused_together(options.distributed):
+        if jax.process_index() == 0:
+            claim_folder(folder, request, "--out")
+    with refused_together(options.distributed):
+        require(folder.is_dir(), "--out", options.out, "in a folder that all hosts share")
     yield folder
     if jax.process_index() == 0:
         finished = folder.rename(out.with_name(out.name + ".done"))  # no parts, even if killed here
@@ -254,4 +269,4 @@ def claimed_parts(options: Sample, step: int, classes: np.ndarray) -> Iterator[P
 if __name__ == "__main__":
     cli.use_compilation_cache()
     with cli.exit_status("sample.py"):
-        print(f"wrote {run(cli.parse(Sample, sys.argv[1:], 'sample.py', __doc__))}")
+        run(cli.parse(Sample, sys.argv[1:], "sample.py", __doc__))

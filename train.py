@@ -24,15 +24,16 @@ import optax
 
 from dit import checkpoint, generate
 from dit.data import augment, batch_shapes, batches, drop_condition, open_dataset
+from dit.hosts import AnyHost, connect_hosts, refused_together, require_same
 from dit.imagenet.fid import make_evaluation
 from dit.imagenet.vae import load_vae
 from dit.log import Log, say
 from dit.model import DiT, count_parameters, multiply_adds
 from dit.sharding import (
     batch_sharding,
-    connect_hosts,
     make_mesh,
     mean_over_parts,
+    place,
     place_batch,
     replicated,
 )
@@ -129,22 +130,27 @@ def train(config: Config) -> State:
     Raises InputError before anything is compiled or written, and Diverged.
     """
     config.validate()
-    connect_hosts(config.mesh.distributed, "mesh.distributed")
     steps, seed = config.train.steps, config.train.seed
-    mesh = make_mesh(config)
-    dataset = open_dataset(config.data)
-    start, damaged = checkpoint.step_to_resume(config, dataset)
+    distributed = config.mesh.distributed
+    connect_hosts(distributed, "mesh.distributed")
+    with refused_together(distributed):
+        mesh = make_mesh(config)
+        dataset = open_dataset(config.data)
+        start, damaged = checkpoint.step_to_resume(config, dataset)
+    require_same(distributed, "train.workdir", str(config.workdir), f"step {start}")
     for line in damaged:
         say(line)
     if start >= steps:
         say(f"already at step {start}: nothing to do before --train.steps {start + 1}")
         return first_state(config, mesh, start)
 
-    vae = jax.device_put(load_vae(config.data.vae), replicated(mesh)) if config.data.vae else None
-    evaluate = make_evaluation(config, vae, mesh) if config.eval.every else None
-    has_grids = config.train.sample_every > 0 and (vae is not None or not config.data.latents)
-    draw_grid = generate.make_grid_sampler(config, vae, dataset, mesh) if has_grids else None
-    checkpoint.prepare_workdir(config)
+    with refused_together(distributed):
+        vae = place(load_vae(config.data.vae), replicated(mesh)) if config.data.vae else None
+        evaluate = make_evaluation(config, vae, mesh) if config.eval.every else None
+        has_grids = config.train.sample_every > 0 and (vae is not None or not config.data.latents)
+        draw_grid = generate.make_grid_sampler(config, vae, dataset, mesh) if has_grids else None
+    with refused_together(distributed):  # written to only now that no host has refused
+        checkpoint.prepare_workdir(config, start)
     hosts = (jax.process_index(), jax.process_count())
     stream = batches(dataset, config.train.batch_size, seed, start, *hosts)  # reads from here on
     state = first_state(config, mesh, start)
@@ -156,6 +162,7 @@ def train(config: Config) -> State:
     compiled = time.perf_counter()
     say(f"traced in {traced - began:.1f} s, compiled in {compiled - traced:.1f} s")
     flops_per_image = 2 * 3 * multiply_adds(state.model)
+    on_any_host = AnyHost(mesh)
 
     with (
         contextlib.closing(stream),
@@ -172,8 +179,7 @@ def train(config: Config) -> State:
 
             evaluates = evaluate is not None and is_due(step, config.eval.every, steps)
             logs = evaluates or is_due(step, config.train.log_every, steps)
-            can_agree = logs or jax.process_count() == 1  # several hosts: rarely, as all wait
-            stops = can_agree and stop.anywhere()
+            stops = on_any_host(stop.requested)
             saves = stops or is_due(step, config.train.checkpoint_every, steps)
             draws = draw_grid is not None and is_due(step, config.train.sample_every, steps)
             if not (logs or saves or draws):

@@ -140,8 +140,7 @@ def differences(ours: Config, theirs: Config) -> list[str]:
 def step_to_resume(config: Config, dataset: Dataset) -> tuple[int, list[str]]:
     """The step that a run goes on from, 0 for a new one, and a line on each damaged checkpoint.
 
-    Damaged checkpoints are renamed, so that Orbax does not see them. Raises InputError if the
-    workdir holds a run of another kind.
+    Raises InputError if the workdir holds a run of another kind.
     """
     workdir = config.workdir
     if not steps(workdir):
@@ -158,25 +157,14 @@ def step_to_resume(config: Config, dataset: Dataset) -> tuple[int, list[str]]:
             f"{changes[0]} in {str(workdir)!r}; a run goes on with the config it began with, so "
             "set it back or choose another --name"
         )
-    set_aside([n for n in steps(workdir) if n > step], workdir)
     return step, damaged
 
 
-def set_aside(damaged: list[int], workdir: Path) -> None:
-    """Renames damaged checkpoints, once every process has seen them."""
-    import jax
-    from jax.experimental import multihost_utils
+def prepare_workdir(config: Config, start: int) -> None:
+    """Makes the workdir and writes config.json. Raises InputError if it cannot be written.
 
-    multihost_utils.sync_global_devices("every process has chosen a checkpoint")
-    if jax.process_index() == 0:
-        for step in damaged:
-            folder = step_folder(workdir, step)
-            folder.rename(folder.with_name(f"broken-{step}-{int(time.time())}"))
-    multihost_utils.sync_global_devices("damaged checkpoints are renamed")
-
-
-def prepare_workdir(config: Config) -> None:
-    """Makes the workdir and writes config.json. Raises InputError if it cannot be written."""
+    Checkpoints after step `start` are damaged: they are renamed, so that Orbax does not see them.
+    """
     import jax
 
     try:
@@ -184,6 +172,10 @@ def prepare_workdir(config: Config) -> None:
             (config.workdir / name).mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             (config.workdir / "config.json").write_text(config.to_json() + "\n")
+            for step in steps(config.workdir):
+                if step > start:
+                    folder = step_folder(config.workdir, step)
+                    folder.rename(folder.with_name(f"broken-{step}-{int(time.time())}"))
     except OSError as error:
         raise InputError(
             f"train.workdir: {str(config.workdir)!r} should be a folder that can be written "

@@ -166,13 +166,3 @@ class StopRequest:
 
     def __exit__(self, *exception: Any) -> None:
         self._restore()
-
-    def anywhere(self) -> bool:
-        """Whether any process was asked to stop. All processes have to ask at the same step."""
-        import jax
-        import numpy as np
-        from jax.experimental import multihost_utils
-
-        if jax.process_count() == 1:
-            return self.requested
-        return bool(multihost_utils.process_allgather(np.array(self.requested)).any())

@@ -59,7 +59,7 @@ def one_line(error: Exception) -> str:
 
 
 class Range(NamedTuple):
-    contains: Callable[[float], bool]
+    contains: Callable[[Any], bool]
     words: str
 
 
@@ -75,7 +75,9 @@ Decay = Annotated[float, Range(lambda value: 0 <= value < 1, "from 0 to below 1"
 Seed = Annotated[int, Range(lambda value: 0 <= value < 2**32, "from 0 to 2^32 - 1")]
 Byte = Annotated[int, Range(lambda value: 0 <= value <= 255, "from 0 to 255")]
 AtLeastTwo = Annotated[int, Range(lambda value: value > 1, "more than 1")]
-Workdir = Annotated[str | None, tyro.conf.arg(aliases=("--workdir",))]
+LOCAL = Range(lambda path: "://" not in path, "a path of this host's file system, not of a bucket")
+LocalPath = Annotated[str, LOCAL]
+Workdir = Annotated[LocalPath | None, tyro.conf.arg(aliases=("--workdir",))]
 
 
 # The sections

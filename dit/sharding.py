@@ -13,25 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dit.config import Config, InputError, one_line, require
+from dit.config import Config, require
 
 SMALL = 2**14  # a tensor of fewer elements costs more to gather than to hold
 
 
 # Devices
-
-
-def connect_hosts(distributed: bool, name: str) -> None:
-    """Joins the other hosts, where there are any. `name` is the option, for the InputError."""
-    if not distributed:
-        return
-    try:
-        jax.distributed.initialize()
-    except (ValueError, RuntimeError) as error:
-        raise InputError(
-            f"{name}: True should be set on hosts that find each other: Cloud TPU, Slurm, "
-            f"Open MPI, Kubernetes ({one_line(error)})"
-        ) from error
 
 
 def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -124,6 +111,19 @@ def place_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[s
     }
 
 
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Arrays that every process has whole, as global arrays.
+
+    Unlike `jax.device_put`, which compares them between the processes, it waits for none.
+    """
+
+    def place_leaf(leaf: np.ndarray | jax.Array) -> jax.Array:
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(place_leaf, tree)
+
+
 def place_rows(tree: Any, rows: int, mesh: jax.sharding.Mesh) -> Any:
     """Arrays `[N, ...]` spread over the mesh, the last row repeated up to `rows` or a little more.
 
@@ -134,7 +134,7 @@ def place_rows(tree: Any, rows: int, mesh: jax.sharding.Mesh) -> Any:
     def pad(array: np.ndarray) -> np.ndarray:
         return array[np.minimum(np.arange(length), len(array) - 1)]
 
-    return jax.device_put(jax.tree.map(pad, tree), batch_sharding(mesh))
+    return place(jax.tree.map(pad, tree), batch_sharding(mesh))
 
 
 # Work in equal parts, one after the other, to save memory

@@ -176,6 +176,8 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(copy, how):
         checkpoint.load(workdir)
 
     assert checkpoint.step_to_resume(config, digits()) == (10, [line])
+    assert len(list((workdir / "checkpoints").iterdir())) == 2, "nothing is written yet"
+    checkpoint.prepare_workdir(config, 10)
     names = sorted(path.name for path in (workdir / "checkpoints").iterdir())
     assert len(names) == 2
     assert names[0] == "10"
@@ -415,8 +417,8 @@ def test_no_run_goes_on_from_converted_weights(refused, weights):
 
 def test_the_workdir_is_made_and_says_what_is_trained(tmp_path):
     config = run_config(tmp_path / "a/b")
-    checkpoint.prepare_workdir(config)
-    checkpoint.prepare_workdir(config)
+    checkpoint.prepare_workdir(config, 0)
+    checkpoint.prepare_workdir(config, 0)
     names = sorted(path.name for path in (tmp_path / "a/b").iterdir())
     assert names == ["checkpoints", "config.json", "samples"]
     assert json.loads((tmp_path / "a/b/config.json").read_text()) == dataclasses.asdict(config)
@@ -425,10 +427,10 @@ def test_the_workdir_is_made_and_says_what_is_trained(tmp_path):
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="^train.workdir: .* should be a folder that can be wri"):
-        checkpoint.prepare_workdir(run_config(tmp_path / "file/run"))
+        checkpoint.prepare_workdir(run_config(tmp_path / "file/run"), 0)
 
 
 def test_only_process_0_writes_the_config(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    checkpoint.prepare_workdir(run_config(tmp_path))
+    checkpoint.prepare_workdir(run_config(tmp_path), 0)
     assert not (tmp_path / "config.json").exists()

@@ -297,6 +297,8 @@ def test_names_that_cannot_be_written_are_refused(refused, ours, tmp_path, monke
     nowhere = tmp_path / "nowhere/out"
     words = f"OUT: {str(nowhere)!r} should be in a folder that exists"
     assert words in refused(convert_command, ours, nowhere)
+    words = "OUT: 'gs://x/y' should be a path of this host's file system, not of a bucket"
+    assert words in refused(convert_command, ours, "gs://x/y")
     words = "OUT: 'x.bin' should be a .pt or .safetensors file"
     assert words in refused(convert_command, ours, "x.bin", "--to", "official")
 

@@ -25,6 +25,7 @@ ROWS = [
     "dit.ddpm",
     "dit.model",
     "dit.normalization",
+    "dit.hosts",
     "dit.sharding",
     "dit.log",
     "dit.images dit.metrics",

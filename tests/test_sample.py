@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_sampled(run, tmp_pa
     (tmp_path / "run/checkpoints/2/ema/_METADATA").unlink()
     damaged, _ = draw(tmp_path / "run", tmp_path)
     expected = "checkpoint 2: ema/_METADATA is missing; using 1\n"
-    assert capsys.readouterr().out == expected
+    assert capsys.readouterr().out.startswith(expected)
     shutil.rmtree(tmp_path / "run/checkpoints/2")
     before, _ = draw(tmp_path / "run", tmp_path)
     np.testing.assert_array_equal(damaged, before)

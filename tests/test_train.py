@@ -356,38 +356,3 @@ def test_sigterm_saves_and_stops(tmp_path):
     assert 0 < step < 1_000_000
     assert f"stopped at step {step}; the same command goes on from here" in out
     assert rows(tmp_path)[-1]["step"] == step
-
-
-# Several hosts
-
-
-def test_two_processes_make_the_run_of_one_and_only_the_first_prints(whole_run, tmp_path):
-    """Two hosts in small: two processes of one CPU device each, parameters spread over both.
-
-    They find each other by the variables that Slurm sets.
-    """
-
-    def start_host(rank: int, steps: int) -> subprocess.Popen:
-        slurm = {
-            "SLURM_JOB_ID": str(os.getpid()),
-            "SLURM_STEP_NODELIST": "localhost",
-            "SLURM_NTASKS": "2",
-            "SLURM_STEP_NUM_TASKS": "2",
-            "SLURM_PROCID": str(rank),
-            "SLURM_LOCALID": "0",
-        }
-        options = ["--workdir", tmp_path, "--train.steps", steps]
-        options += "--mesh.fsdp 2 --mesh.distributed True".split()
-        return start(*TINY, *options, **slurm)
-
-    for steps in (2, 3):  # a run, and its resumption
-        processes = [start_host(rank, steps) for rank in (0, 1)]
-        answers = [process.communicate(timeout=240) for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], answers
-        (first, _), (second, _) = answers
-        assert f"step {steps}/{steps}" in first
-        assert "step" not in second
-        assert "parameters" not in second
-    for a, b in zip(rows(tmp_path), rows(whole_run)[:3], strict=True):
-        assert a["step"] == b["step"]
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)

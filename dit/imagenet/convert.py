@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import tyro
 
 from dit import cli
-from dit.config import Config, InputError, PositiveInt, require
+from dit.config import Config, InputError, LocalPath, PositiveInt, check_value, require
 
 Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
 Out = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
@@ -44,6 +44,7 @@ from dit.tfds import imagenet_names
 
 def run(options: Convert) -> None:
     """Converts, and prints what was converted. Raises InputError."""
+    check_value("OUT", options.out, LocalPath)
     source, out = Path(options.source), Path(options.out)
     check_out(out)
     if options.to is None:

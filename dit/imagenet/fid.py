@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import tyro
 
 from dit import cli
-from dit.config import Config, InputError, one_line, require
+from dit.config import Config, InputError, LocalPath, one_line, require
 
 Samples = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SAMPLES.npz")]
 
@@ -29,7 +29,7 @@ class Fid:
     reference: str  # an .npz of statistics or images, or a data set, read at the samples' size
     inception: str  # the weights that pytorch-fid publishes, pt_inception-2015-12-05-6726825d.pth
     split: str = "train"  # of the reference data set
-    save_reference: str | None = None  # an .npz for the data set's statistics, to use next time
+    save_reference: LocalPath | None = None  # an .npz for the data set's statistics, for next time
 
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported
@@ -49,7 +49,7 @@ from dit.images import BATCH, open_npz
 from dit.log import say, with_progress
 from dit.metrics import Gaussian, Moments
 from dit.model import DiT
-from dit.sharding import local_mesh, place_rows, replicated
+from dit.sharding import local_mesh, place, place_rows, replicated
 
 POOL_FEATURES = 2048
 SPATIAL_FEATURES = 2023
@@ -80,7 +80,7 @@ def make_extract(file: str, mesh: jax.sharding.Mesh) -> Extract:
     The network sees at least `rows` images at a time, so that a smaller last batch takes no second
     compilation. Raises InputError.
     """
-    inception = jax.device_put(load_inception(file), replicated(mesh))
+    inception = place(load_inception(file), replicated(mesh))
     compute = jax.jit(lambda inception, images: inception(images), out_shardings=replicated(mesh))
 
     def extract(images: np.ndarray, rows: int) -> Features:
@@ -221,14 +221,16 @@ def write_statistics(path: Path, reference: Statistics) -> None:
 def make_evaluation(config: Config, vae: Any, mesh: jax.sharding.Mesh) -> Callable[[DiT], Scores]:
     """The function (model) -> scores of `eval.num_samples` fresh samples, drawn on all devices.
 
-    vae is None for pixels. Raises InputError.
+    vae is None for pixels. Raises InputError. Each host measures the reference on its own, so that
+    one which refuses it leaves none waiting.
     """
     count, batch_size = config.eval.num_samples, config.eval.batch_size
     warn_of_few(count)
     extract = make_extract(config.eval.inception, mesh)
     name = config.eval.reference or config.data.name
-    size = config.data.image_size
-    reference = open_reference("eval.reference", name, config.data.split, size, extract)
+    split, size = config.data.split, config.data.image_size
+    extract_here = make_extract(config.eval.inception, local_mesh())
+    reference = open_reference("eval.reference", name, split, size, extract_here)
     labels = random_labels(config.train.seed, np.arange(config.data.num_classes), count)
     draw = make_draw(
         config,

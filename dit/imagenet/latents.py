@@ -20,7 +20,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from dit import cli
-from dit.config import LATENT_CHANNELS, VAE_FACTOR, PositiveInt, require
+from dit.config import LATENT_CHANNELS, VAE_FACTOR, LocalPath, PositiveInt, require
 
 DatasetName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATASET")]
 
@@ -29,7 +29,7 @@ DatasetName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATASE
 class MakeLatents:
     name: DatasetName  # a TFDS data set of colour images with one label
     vae: str  # folder of a diffusers AutoencoderKL: config.json and its weights
-    out: str  # folder to write; --data.latents of train.py
+    out: LocalPath  # folder to write; --data.latents of train.py
     size: PositiveInt = 256  # side of the cropped image, in pixels; a multiple of 8
     split: str = "train"  # TFDS split
     batch_size: PositiveInt = 32  # images at a time, on each device
@@ -50,10 +50,11 @@ from jax.experimental import multihost_utils
 from dit.data import tfds_config
 from dit.files import claim_folder, whole
 from dit.generate import num_vae_parts
+from dit.hosts import connect_hosts, refused_together
 from dit.imagenet.vae import VAE, load_vae
 from dit.images import from_uint8
 from dit.log import Progress, say
-from dit.sharding import connect_hosts, local_mesh, map_parts, place_rows, replicated
+from dit.sharding import local_mesh, map_parts, place_rows, replicated
 from dit.tfds import Decoded, Record, Undecodable, open_tfds
 
 THREADS = 16  # that decode images
@@ -214,8 +215,9 @@ def run(options: MakeLatents) -> None:
     """Encodes what the options ask for. Raises InputError."""
     check(options)
     connect_hosts(options.distributed, "--distributed")
-    records, class_names = open_records(options)
-    vae = load_vae(options.vae)
+    with refused_together(options.distributed):
+        records, class_names = open_records(options)
+        vae = load_vae(options.vae)
     claim(options, vae)
 
     features = features_of(options.size, class_names)
@@ -261,7 +263,10 @@ def open_records(options: MakeLatents) -> tuple[Decoded, tuple[str, ...]]:
 
 
 def claim(options: MakeLatents, vae: VAE) -> None:
-    """Makes the folder OUT for these options and this VAE, or checks that it was made for them."""
+    """Makes the folder OUT for these options and this VAE, or checks that it was made for them.
+
+    Raises InputError.
+    """
     checksum = 0
     for leaf in jax.tree.leaves(vae):
         checksum = zlib.crc32(np.asarray(leaf).tobytes(), checksum)
@@ -272,10 +277,13 @@ def claim(options: MakeLatents, vae: VAE) -> None:
         "shard_size": options.shard_size,
         "vae_crc32": checksum,
     }
-    if jax.process_index() == 0:
-        claim_folder(Path(options.out), request, "--out")
-    multihost_utils.sync_global_devices("the folder is claimed")
-    claim_folder(Path(options.out), request, "--out")
+    out = Path(options.out)
+    with refused_together(options.distributed):
+        if jax.process_index() == 0:
+            claim_folder(out, request, "--out")
+    with refused_together(options.distributed):
+        require(out.is_dir(), "--out", options.out, "a folder that all hosts share")
+        claim_folder(out, request, "--out")
 
 
 def report(options: MakeLatents, written: int, skipped: int, rate: float) -> None:

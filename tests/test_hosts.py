@@ -1,0 +1,284 @@
+"""Several hosts in small: real processes with CPU devices, which find each other as Slurm's do.
+
+tests/on_hosts.py is what most of them run; the curve of one device is what they are held against.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY, run_sample, run_train
+from on_hosts import config_of, stand_in_for_inception, write_reference
+from test_latents import encode_photographs, open_encoded
+
+import train
+from dit import checkpoint
+from dit.sharding import make_mesh
+from dit.state import abstract_state
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT = 900  # seconds, for a machine with much else to do
+
+
+def free_job() -> int:
+    """A Slurm job whose port, which JAX derives from its number, is free."""
+    for job in range(os.getpid(), os.getpid() + 4096):
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", job % 4096 + 61440)) != 0:
+                return job
+    raise AssertionError("no port is free")
+
+
+def start_hosts(commands: list[list], devices: int = 1) -> list[subprocess.Popen]:
+    """`python *command` for each command, as one host of so many devices each."""
+    job, count = free_job(), len(commands)
+    processes = []
+    for rank, command in enumerate(commands):
+        variables = {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": devices,
+            "PYTHONPATH": ROOT,
+            "SLURM_JOB_ID": job,
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": count,
+            "SLURM_STEP_NUM_TASKS": count,
+            "SLURM_PROCID": rank,
+            "SLURM_LOCALID": 0,
+        }
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=ROOT,
+            env=os.environ | {name: str(value) for name, value in variables.items()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+    return processes
+
+
+def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """(exit status, stdout, stderr) of each."""
+    try:
+        printed = [process.communicate(timeout=TIMEOUT) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, out, err) for p, (out, err) in zip(processes, printed, strict=True)]
+
+
+def run_on_hosts(name: str, count: int, devices: int, folder: Path) -> list[dict]:
+    """What each host found."""
+    command = ["tests/on_hosts.py", name, devices, folder]
+    for status, out, err in finish(start_hosts([command] * count, devices)):
+        assert status == 0, out + err
+    return [json.loads((folder / f"host-{rank}.json").read_text()) for rank in range(count)]
+
+
+def rows(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in rows(workdir)}
+
+
+def train_here(devices: int, config) -> train.State:
+    """Trains on so many devices of this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        chosen = jax.devices()[:devices]
+        patch.setattr(train, "make_mesh", lambda config: make_mesh(config, chosen))
+        return train.train(config)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("hosts")
+
+
+@pytest.fixture(scope="module")
+def one(folder) -> dict[int, float]:
+    """The losses of one device; step 3 has its scores too."""
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in_for_inception(patch)
+        reference = write_reference(folder / "reference.npz")
+        train_here(1, config_of(folder / "one", 7, eval=dict(every=3, reference=reference)))
+    return losses(folder / "one")
+
+
+@pytest.fixture(scope="module")
+def two(folder) -> list[dict]:
+    return run_on_hosts("two", 2, 4, folder)
+
+
+@pytest.fixture(scope="module")
+def four(folder, two) -> list[dict]:
+    return run_on_hosts("four", 4, 1, folder)
+
+
+# One run
+
+
+def close_to(values: dict[int, float]) -> dict:
+    return {step: pytest.approx(value, abs=1e-6) for step, value in values.items()}
+
+
+def test_the_losses_are_those_of_one_device_whatever_the_hosts_and_through_a_resume(
+    folder, one, four
+):
+    """Two hosts of 4 devices make three steps, four hosts of one the next three."""
+    stopped = four[0]["stopped"]
+    assert sorted(one) == [1, 2, 3, 4, 5, 6, 7]
+    assert 3 < stopped < 7
+    expected = {step: one[step] for step in (1, 2, 3)}
+    expected[stopped] = np.mean([one[step] for step in range(4, stopped + 1)])
+    assert losses(folder / "longer") == close_to(expected)
+
+
+def test_one_process_of_8_devices_goes_on_from_what_four_hosts_saved(folder, one, four, tmp_path):
+    workdir, stopped = tmp_path / "run", four[0]["stopped"]
+    shutil.copytree(folder / "longer", workdir)
+    train_here(8, config_of(workdir, stopped + 1, fsdp=8))
+    assert losses(workdir)[stopped + 1] == pytest.approx(one[stopped + 1], abs=1e-6)
+
+
+@pytest.mark.parametrize("devices, fsdp", [(1, 1), (2, 2), (4, 1), (4, 4), (8, 8)])
+def test_a_checkpoint_of_8_devices_is_restored_on_fewer_bit_for_bit(folder, two, devices, fsdp):
+    config = config_of(folder / "run", 3, fsdp)
+    target = abstract_state(config, make_mesh(config, jax.devices()[:devices]))
+    restored = jax.tree.leaves(checkpoint.restore(folder / "run", 3, target))
+    with np.load(folder / "run.npz") as saved:
+        for array, expected in zip(restored, saved.values(), strict=True):
+            np.testing.assert_array_equal(array, expected)
+    shared = {leaf.sharding.shard_shape(leaf.shape) != leaf.shape for leaf in restored}
+    assert shared == ({True, False} if fsdp > 1 else {False}), "some parameters are spread"
+
+
+def test_a_checkpoint_of_8_devices_is_restored_on_four_hosts_bit_for_bit(four):
+    assert [found["restored"] for found in four] == [True] * 4
+
+
+def test_two_hosts_measure_what_one_does(folder, one, two):
+    ours, theirs = rows(folder / "one")[2], rows(folder / "run")[2]
+    assert ours["step"] == theirs["step"] == 3
+    for name in ("fid", "inception_score"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
+
+
+# Stopping
+
+
+def test_all_hosts_stop_within_two_steps_of_a_ctrl_c_on_one(four):
+    """Which comes at step 5, far from a line of the log."""
+    steps = {found["stopped"] for found in four}
+    assert len(steps) == 1
+    assert steps <= {5, 6, 7}
+
+
+def test_a_sigterm_to_one_command_stops_both_and_only_the_first_prints(tmp_path):
+    """The command itself, and its losses, which are those of one process."""
+    options = "--train.steps 1000000 --mesh.fsdp 2 --mesh.distributed True".split()
+    command = ["train.py", *TINY, "--workdir", tmp_path / "two", *options]
+    first, second = processes = start_hosts([command] * 2)
+    for line in first.stdout:
+        if line.startswith("step "):
+            break
+    second.terminate()
+    answers = finish(processes)
+    assert [status for status, _, _ in answers] == [0, 0], answers
+    step, _ = checkpoint.newest_intact(tmp_path / "two")
+    assert f"stopped at step {step}; the same command goes on from here" in answers[0][1]
+    assert "step" not in answers[1][1]
+    assert "parameters" not in answers[1][1]
+    run_train(*TINY, "--workdir", tmp_path / "one", "--train.steps", "2")
+    for ours, theirs in zip(rows(tmp_path / "one"), rows(tmp_path / "two")[:2], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+
+
+def test_a_host_that_is_not_yet_training_ends_at_sigterm():
+    program = "import os, signal; from dit.hosts import *; connect_hosts(True, ''); "
+    program += "os.kill(os.getpid(), signal.SIGTERM); signal.pause()"
+    [(status, out, err)] = finish(start_hosts([["-c", program]]))
+    assert status == -signal.SIGTERM, out + err
+
+
+# Samples and latents
+
+
+def test_two_hosts_share_the_samples_and_the_latents(folder, two, tmp_path):
+    """They make what one makes, up to rounding."""
+    flags = "--num-samples 19 --batch-size 8".split()
+    run_sample(folder / "run", *flags, "--out", tmp_path / "samples.npz")
+    with np.load(tmp_path / "samples.npz") as ours, np.load(folder / "samples.npz") as theirs:
+        assert np.abs(ours["arr_0"].astype(int) - theirs["arr_0"]).max() <= 1
+        np.testing.assert_array_equal(ours["arr_1"], theirs["arr_1"])
+    assert not (folder / "samples.npz.parts").exists()
+
+    encode_photographs(folder / "vae", tmp_path / "latents")
+    ours, theirs = (open_encoded(at / "latents").records for at in (tmp_path, folder))
+    assert len(ours) == len(theirs) == 64
+    for i in range(64):
+        latents = ours[i]["latent"], theirs[i]["latent"]
+        np.testing.assert_allclose(*latents, rtol=2e-3, atol=1e-3)
+        assert ours[i]["label"] == theirs[i]["label"]
+
+
+# Refusals
+
+
+REFUSALS = {  # of one of two hosts: which, and why
+    "a missing data set": (1, "data.name: 'nowhere' should be `digits` or a TFDS data set"),
+    "a run of another config": (1, "optim.learning_rate: 0.5, where 0.001 is stored"),
+    "missing weights": (0, "stand-in: should be a file of weights, and there is none"),
+    "samples of no checkpoint": (1, "should hold an intact checkpoint"),
+    "samples in no style": (0, "--style: 'nowhere.png' should be a picture"),
+    "latents of no VAE": (1, "nowhere/config.json: should be the config.json of a diffusers"),
+    "latents of other options": (0, "was begun with size 32 rather than 40"),
+    "a workdir that cannot be written": (1, "should be a folder that can be written"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_one_host_refuses_both_refuse_with_its_reason(two, case):
+    host, words = REFUSALS[case]
+    answers = [found["refusals"][case] for found in two]
+    for status, line in answers:
+        assert status == 2
+        assert f": host {host}: " in line
+        assert words in line
+        assert len(line.splitlines()) == 1
+    assert answers[0] == answers[1]
+    assert two[0]["made"] == [], "nothing is half-written"
+
+
+def test_folders_that_the_hosts_do_not_share_are_refused(two):
+    for found in two:
+        status, line = found["refusals"]["a workdir of its own"]
+        assert status == 2
+        words = "should be a folder that all hosts share: host 0 finds step 0 in it, host 1 step 3"
+        assert words in line
+
+
+def test_a_fault_of_one_host_keeps_its_traceback_and_ends_the_other(two):
+    reason = "command: host 1: ZeroDivisionError: division by zero\n"
+    assert [found["refusals"]["a fault"] for found in two] == [[2, reason], [1, "a traceback"]]
+
+
+def test_a_command_that_one_host_refuses_ends_on_both_in_one_line(tmp_path):
+    def command(host: int, size: int) -> list:
+        options = ["--mesh.distributed", "True", "--data.image-size", size]
+        return ["train.py", *TINY, "--workdir", tmp_path / f"run-{host}", *options]
+
+    answers = finish(start_hosts([command(0, 8), command(1, 16)]))
+    words = "data.image_size and data.channels: (16, 1) should be (8, 1), those of 'digits'"
+    for status, _, err in answers:
+        assert (status, err) == (2, f"train.py: host 1: {words}\n")
+    assert list(tmp_path.iterdir()) == []
