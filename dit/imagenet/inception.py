@@ -187,6 +187,7 @@ class Inception(nnx.Module):
         self.Mixed_7c = MixedE(2048, maximum, rngs)
         self.fc = nnx.Linear(2048, 1008, rngs=rngs)
 
+    @jax.default_matmul_precision("highest")
     def __call__(self, images: jax.Array) -> Features:
         B, H, W, _ = images.shape
         x = jnp.broadcast_to(from_uint8(images), (B, H, W, 3))

@@ -4,7 +4,7 @@
     decode:  z [B, H / 8, W / 8, 4]  ->  x [B, H, W, 3]
 
 A DiT sees z times `data.latent_scale`, so that its standard deviation is about 1. The attributes
-have the names of the published files, and everything is float32.
+have the names of the published files, and everything is float32, whatever the device's default.
 """
 
 from pathlib import Path
@@ -198,6 +198,7 @@ class VAE(nnx.Module):
         self.quant_conv = conv(2 * C, 2 * C, 1, rngs)
         self.post_quant_conv = conv(C, C, 1, rngs)
 
+    @jax.default_matmul_precision("highest")
     def encode(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and log variance of the posterior of x `[B, H, W, 3]`: `[B, H / 8, W / 8, 4]` each.
 
@@ -206,6 +207,7 @@ class VAE(nnx.Module):
         mean, log_variance = jnp.split(self.quant_conv(self.encoder(x)), 2, axis=-1)
         return mean, jnp.clip(log_variance, -30, 20)
 
+    @jax.default_matmul_precision("highest")
     def decode(self, z: jax.Array) -> jax.Array:
         """z `[B, H / 8, W / 8, 4]` to x `[B, H, W, 3]`, about [-1, 1]."""
         return self.decoder(self.post_quant_conv(z))
