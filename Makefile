@@ -42,5 +42,5 @@ $(BIN)/python:
 .venv/.parity: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) '.[test,parity]'
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt \
-		--no-deps --upgrade --target .venv/plan libtpu  # apart: it prints in every CPU run
+		--no-deps --upgrade --target .venv/plan libtpu jax-cuda13-pjrt  # apart: they print in CPU runs
 	@touch $@ .venv/.demo .venv/.test

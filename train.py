@@ -31,6 +31,7 @@ from dit.log import Log, say
 from dit.model import DiT, count_parameters, multiply_adds
 from dit.sharding import (
     batch_sharding,
+    compiler_options,
     make_mesh,
     mean_over_parts,
     place,
@@ -84,7 +85,7 @@ def train_step(config: Config, state: State, batch: Batch) -> tuple[State, Metri
 
 def compile_train_step(config: Config, mesh: jax.sharding.Mesh) -> Callable:
     """The step compiled for a mesh: state, metrics = step(state, batch). The state is donated."""
-    return lower_train_step(config, mesh).compile()
+    return lower_train_step(config, mesh).compile(compiler_options(mesh))
 
 
 def lower_train_step(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
@@ -158,7 +159,9 @@ def train(config: Config) -> State:
     began = time.perf_counter()
     lowered = lower_train_step(config, mesh)
     traced = time.perf_counter()
-    compiled_step = lowered.compile()  # fast where the compilation cache has it
+    compiled_step = lowered.compile(
+        compiler_options(mesh)
+    )  # fast where the compilation cache has it
     compiled = time.perf_counter()
     say(f"traced in {traced - began:.1f} s, compiled in {compiled - traced:.1f} s")
     flops_per_image = 2 * 3 * multiply_adds(state.model)

@@ -1,4 +1,4 @@
-"""What chips can do, from the vendors' data sheets."""
+"""What chips can do, from the vendors' data sheets, and what is asked of their compilers."""
 
 from dataclasses import dataclass
 
@@ -33,3 +33,10 @@ CHIPS = [
 def find_chip(device_kind: str) -> Chip | None:
     """The chip of a JAX device, if it is known."""
     return next((chip for chip in CHIPS if any(kind in device_kind for kind in chip.kinds)), None)
+
+
+# What is asked of XLA's compiler beside its defaults, by platform. O1 runs each gather of a block's
+# weights and each sum of its gradients under the products of another block, rather than between
+# them. A TPU's compiler does so by itself.
+O1 = 19  # in the numbers of jax_optimization_level
+COMPILER_OPTIONS = {"gpu": {"optimization_level": O1}}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from dit.chips import COMPILER_OPTIONS
 from dit.config import Config, require
 
 SMALL = 2**14  # a tensor of fewer elements costs more to gather than to hold
@@ -47,6 +48,11 @@ def local_mesh() -> jax.sharding.Mesh:
 def _mesh(data: int, fsdp: int, devices: list[jax.Device]) -> jax.sharding.Mesh:
     axis_types = (AxisType.Auto,) * 2
     return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=axis_types, devices=devices)
+
+
+def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, int]:
+    """What XLA's compiler is asked for on the devices of a mesh."""
+    return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
 
 
 def has_cudnn_attention() -> bool:

@@ -186,7 +186,7 @@ def test_the_command_line_changes_the_preset():
         ),
         (
             "from dit.config import *\nconfig = Config(model=Model(remat=None))",
-            "model.remat: None should be of type bool",
+            "model.remat: None should be one of none, dots, full",
         ),
     ],
 )
