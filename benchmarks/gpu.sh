@@ -15,7 +15,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 preset_rows=("cifar10 none" "imagenet256_s2 none" "imagenet256_b2 none" "imagenet256_xl2 dots")
-xl2_flags="--train.batch-size 64" # so that it fits without remat, and in PyTorch
+xl2_flags="--mesh.fsdp 1 --train.batch-size 64" # one GPU; so that it fits without remat, and in PyTorch
 machine_flags="" step_flags="" model_flags="" sample_flags="--guidance 2"
 training_flags="--train.steps 1000000" # more than there is time for
 total_seconds=540 rates_until=290 training_seconds=240 sampling_seconds=45
@@ -23,7 +23,7 @@ if [[ ${1:-} == --toy ]]; then
   shift
   preset_rows=("cifar10 none" "imagenet256_xl2 dots")
   model_flags="--model.depth 2 --model.hidden-size 32 --model.num-heads 2 --train.batch-size 4"
-  xl2_flags="" machine_flags="--size 256" step_flags="--steps 2" sample_flags="--steps 4"
+  xl2_flags="--mesh.fsdp 1" machine_flags="--size 256" step_flags="--steps 2" sample_flags="--steps 4"
   training_flags="--train.steps 5"
 fi
 parts=${*:-machine rates remat training}
