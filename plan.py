@@ -57,20 +57,13 @@ from flax import nnx
 
 from dit.chips import GIB, Chip, find_chip
 from dit.data import batch_shapes
-from dit.generate import (
-    GRID_COLUMNS,
-    grid_options,
-    make_condition,
-    make_sample,
-    spread_classes,
-)
 from dit.imagenet.inception import Inception
 from dit.imagenet.tensors import component_folder
 from dit.imagenet.vae import GROUPS, LAYERS, VAE, abstract_vae
 from dit.model import count_parameters, multiply_adds
 from dit.program import Collective, collectives
-from dit.sharding import batch_sharding, make_mesh, replicated
-from dit.state import abstract_state, with_shardings
+from dit.sharding import make_mesh
+from dit.state import abstract_state
 from dit.topology import devices_of
 from train import compile_train_step
 
@@ -142,14 +135,12 @@ class TooLarge(Exception):
 
 
 def estimate(config: Config, devices: list[jax.Device]) -> Estimate:
-    """Compiles the step, and what draws the sample grids. Raises InputError and TooLarge."""
+    """Compiles the step. Raises InputError and TooLarge."""
     mesh = make_mesh(config, devices)
     state = abstract_state(config, mesh)
     vae, inception = networks(config)
     try:
         step = compile_train_step(config, mesh)
-        draws = config.train.sample_every and (vae is not None or not config.data.latents)
-        grid = compile_grid(config, mesh, state.ema, vae) if draws else None
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise TooLarge(str(error)) from error
@@ -166,7 +157,6 @@ def estimate(config: Config, devices: list[jax.Device]) -> Estimate:
     held["temporaries"] = temporaries(step)
     held["VAE"] = share(vae)
     held["evaluation network"] = share(inception)
-    held["more for sample grids"] = max(temporaries(grid) - temporaries(step), 0) if grid else 0
     return Estimate(
         config=config,
         mesh=mesh,
@@ -207,22 +197,6 @@ def networks(config: Config) -> tuple[Any, Any]:
         vae = jax.eval_shape(lambda: VAE(PUBLISHED_VAE, LAYERS, GROUPS, rngs=nnx.Rngs(0)))
     inception = jax.eval_shape(lambda: Inception(rngs=nnx.Rngs(0)))
     return vae if folder else None, inception if config.eval.every else None
-
-
-def compile_grid(config: Config, mesh: jax.sharding.Mesh, ema: Any, vae: Any) -> Any:
-    """What draws a run's sample grids, compiled."""
-    labels = np.zeros(GRID_COLUMNS * len(spread_classes(config.data.num_classes)))
-    rows = math.ceil(len(labels) / mesh.devices.size) * mesh.devices.size
-    batch = make_condition(labels, config) | {"index": labels.astype(np.int32)}
-    inputs = {
-        name: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype, sharding=batch_sharding(mesh))
-        for name, a in batch.items()
-    }
-    indices = inputs.pop("index")
-    vae = vae and with_shardings(vae, jax.tree.map(lambda _: replicated(mesh), vae))
-    with jax.set_mesh(mesh):
-        sample = make_sample(config, mesh, **grid_options(config))
-        return sample.lower(ema, vae, inputs, indices).compile()
 
 
 # What could make it fit

@@ -78,9 +78,11 @@ def example_masks(dataset: Dataset, labels: np.ndarray) -> np.ndarray:
 # Drawing it
 
 
-def make_sample(
+def make_draw(
     config: Config,
     mesh: jax.sharding.Mesh,
+    condition: dict[str, np.ndarray],
+    batch_size: int,
     *,
     sampler: str,
     steps: int,
@@ -91,20 +93,24 @@ def make_sample(
     seed: int = 0,
     style: jax.Array | None = None,
     style_strength: float = 1.0,
-) -> Callable:
-    """The jitted (model, vae, condition, indices `[B]`) -> uint8 `[B, H, W, C]`: samples by number.
+) -> Draw:
+    """The function (model, vae, first) -> uint8 `[n, H, W, C]`, sampled on all devices of the mesh.
 
-    Sample i is a function of (seed, i), whatever the batch and the number of devices. vae is None
-    for pixels. style: pixels or latents `[1, h, w, C]`, whose channel means and deviations each
-    prediction of x_0 takes.
+    It draws the samples first .. first + n - 1 of the N that `condition` describes, where n is
+    `batch_size`, or fewer at the end. Sample i is a function of (seed, i), whatever the batch and
+    the number of devices. vae is None for pixels. style: pixels or latents `[1, h, w, C]`, whose
+    channel means and deviations each prediction of x_0 takes.
     """
     process = make_objective(config)
+    num_samples = len(condition["y"])
+    batch_size = min(batch_size, num_samples)
 
     def correct(x0: jax.Array) -> jax.Array:
         if style is not None:
             x0 = AdaIN(style_strength)(x0, style)
         return x0 if config.data.latents else sampling.clip_pixels(x0)
 
+    @partial(jax.jit, out_shardings=replicated(mesh))
     def sample(model: DiT, vae: Any, condition: Condition, indices: jax.Array) -> jax.Array:
         null = null_condition(condition, config.data)
         denoise = sampling.guided(model, condition, null, guidance, cfg_channels, guidance_interval)
@@ -113,30 +119,11 @@ def make_sample(
         x = run(process, denoise, keys, config.input_shape, steps, correct=correct)
         return to_uint8(x) if vae is None else decode(vae, x, config, mesh.devices.size)
 
-    return jax.jit(sample, out_shardings=replicated(mesh))
-
-
-def make_draw(
-    config: Config,
-    mesh: jax.sharding.Mesh,
-    condition: dict[str, np.ndarray],
-    batch_size: int,
-    **options: Any,
-) -> Draw:
-    """The function (model, vae, first) -> uint8 `[n, H, W, C]`, sampled on all devices of the mesh.
-
-    It draws the samples first .. first + n - 1 of the N that `condition` describes, where n is
-    `batch_size`, or fewer at the end. The options are those of `make_sample`.
-    """
-    sample = make_sample(config, mesh, **options)
-    num_samples = len(condition["y"])
-    batch_size = min(batch_size, num_samples)
-
     def draw(model: DiT, vae: Any, first: int) -> np.ndarray:
         stop = min(first + batch_size, num_samples)
         rows = {name: value[first:stop] for name, value in condition.items()}
         inputs = place_rows((rows, np.arange(first, stop)), batch_size, mesh)
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh):  # so that sharded weights are gathered, as in training
             return np.asarray(sample(model, vae, *inputs))[: stop - first]
 
     return draw
@@ -158,21 +145,22 @@ def make_grid_sampler(
     config: Config, vae: Any, dataset: Dataset, mesh: jax.sharding.Mesh
 ) -> Callable[[DiT], tuple[np.ndarray, list[str]]]:
     """The function (model) -> uint8 `[rows * 8, H, W, C]` from fixed noise, and the rows' names."""
+    train = config.train
     classes = spread_classes(config.data.num_classes)
     labels = np.repeat(classes, GRID_COLUMNS)
     masks = example_masks(dataset, labels) if config.data.mask_classes else None
-    condition = make_condition(labels, config, masks)
-    draw = make_draw(config, mesh, condition, len(labels), **grid_options(config))
+    draw = make_draw(
+        config,
+        mesh,
+        make_condition(labels, config, masks),
+        len(labels),
+        sampler=train.sampler,
+        steps=train.sample_steps,
+        guidance=train.guidance,
+        seed=train.seed,
+    )
     names = short_names(classes, dataset.class_names)
     return lambda model: (draw(model, vae, 0), names)
-
-
-def grid_options(config: Config) -> dict[str, Any]:
-    """How a run samples its grids."""
-    train = config.train
-    return dict(
-        sampler=train.sampler, steps=train.sample_steps, guidance=train.guidance, seed=train.seed
-    )
 
 
 def short_names(classes: Iterable[int], class_names: tuple[str, ...]) -> list[str]:
