@@ -44,6 +44,7 @@ def parse(argv: list[str]) -> Plan | None:
 # The chips are described, not used. To be set before jax is imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is locked
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")  # else libtpu asks for it on stderr
 
@@ -63,7 +64,7 @@ from dit.imagenet.vae import GROUPS, LAYERS, VAE, abstract_vae
 from dit.model import count_parameters, multiply_adds
 from dit.program import Collective, collectives
 from dit.sharding import make_mesh
-from dit.state import abstract_state
+from dit.state import abstract_state, make_model
 from dit.topology import devices_of
 from train import compile_train_step
 
@@ -321,9 +322,9 @@ def run(plan: Plan) -> int:
     """Prints the plan. Returns 1 if it does not fit, else 0. Raises InputError."""
     config, topology = plan.config, plan.topology
     if topology is None:
-        state = abstract_state(config, make_mesh(config))
-        print_counts(config, count_parameters(state.model), multiply_adds(state.model))
-        print(f"{share(state) / GIB:.2f} GiB of state a device; --topology compiles the step")
+        model = jax.eval_shape(lambda: make_model(config, jax.random.key(0)))
+        print_counts(config, count_parameters(model), multiply_adds(model))
+        print("--topology says what devices hold and send, and whether it fits")
         return 0
     for attempt in attempts(config, devices_of(topology)):
         if attempt.found and not attempt.changes:

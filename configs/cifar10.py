@@ -7,7 +7,7 @@ from dit.config import PRESETS, Config, Data, Model, Objective, Optim, Train
 
 config = Config(
     name="cifar10",
-    model=Model(**PRESETS["DiT-S/2"]),
+    model=Model(**PRESETS["DiT-S/2"], remat="dots"),
     # the linear schedule, made for larger images, spends a third of its steps on pure noise
     objective=Objective(schedule="cosine"),
     data=Data(name="cifar10", image_size=32, channels=3, num_classes=10, flip=True),

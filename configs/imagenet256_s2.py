@@ -8,7 +8,7 @@ from dit.config import PRESETS, Config, Data, Model, Optim, Train
 
 config = Config(
     name="imagenet256_s2",
-    model=Model(**PRESETS["DiT-S/2"]),
+    model=Model(**PRESETS["DiT-S/2"], remat="dots"),
     data=Data(
         name="imagenet2012",
         image_size=256,

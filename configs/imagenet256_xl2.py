@@ -1,14 +1,14 @@
 """DiT-XL/2 on 256x256 ImageNet latents, the paper's recipe: python train.py imagenet256_xl2
 
-Hardware: a TPU pod slice or several large GPUs; `python plan.py imagenet256_xl2 --topology v5e:2x4`
-says whether it fits. Expect (paper, Table 4, 400K steps, no guidance): FID-50K 19.47.
+Hardware: 8 H100 or A100, a TPU v5e-8, or a multiple: 8 devices share the parameters, --mesh.fsdp
+says how many. Expect (paper, Table 4, 400K steps, no guidance): FID-50K 19.47.
 """
 
-from dit.config import PRESETS, Config, Data, Model, Optim, Train
+from dit.config import PRESETS, Config, Data, Mesh, Model, Optim, Train
 
 config = Config(
     name="imagenet256_xl2",
-    model=Model(**PRESETS["DiT-XL/2"], remat="full"),
+    model=Model(**PRESETS["DiT-XL/2"], remat="dots"),
     data=Data(
         name="imagenet2012",
         image_size=256,
@@ -18,5 +18,6 @@ config = Config(
         flip=True,
     ),
     optim=Optim(learning_rate=1e-4, ema_decay=0.9999),
+    mesh=Mesh(fsdp=8),
     train=Train(steps=400_000, batch_size=256, dtype="bfloat16"),
 )

@@ -8,7 +8,7 @@ from dit.config import PRESETS, Config, Data, Model, Objective, Optim, Train
 
 config = Config(
     name="pets_layout",
-    model=Model(**PRESETS["DiT-S/4"]),
+    model=Model(**PRESETS["DiT-S/4"], remat="dots"),
     objective=Objective(schedule="cosine", label_dropout=0.1, mask_dropout=0.2),
     data=Data(
         name="oxford_iiit_pet",
