@@ -49,8 +49,8 @@ def array_bytes(shape: str) -> int:
 def collectives(hlo: str) -> list[Collective]:
     """Every collective of an optimised program, with the trips of the loops around it.
 
-    One that a TPU's compiler has spread over several fusions counts once: its channel tells. One of
-    its fusions is a reduce-scatter by name, and inside an all-reduce of which a part is kept.
+    One that a TPU's compiler has spread over several fusions counts once: channel and shapes tell.
+    One of its fusions is a reduce-scatter by name, and inside an all-reduce of which a part is kept.
     """
     programs = computations(hlo)
     entry = next(name for name, lines in programs.items() if lines[0].startswith("ENTRY"))
@@ -67,7 +67,7 @@ def collectives(hlo: str) -> list[Collective]:
         if name.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
         channel = re.search(r"channel_id=(\d+)", line)
-        key = channel[1] if channel else line
+        key = (channel[1], kind, shapes) if channel else line
         found[key] = Collective(kind, shapes, size, groups, times)
     return [each for each in found.values() if each.groups.shape[1] > 1]
 
@@ -132,7 +132,11 @@ def device_groups(line: str) -> np.ndarray:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         inside = re.findall(r"'(\w+)'", mesh[2])
         names = list(sizes)
-        devices = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        devices = np.arange(math.prod(sizes.values()))
+        ids = re.search(r"device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\)", line)
+        if ids:
+            devices = devices.reshape(numbers(ids[1])).transpose(numbers(ids[2]))
+        devices = devices.reshape(list(sizes.values()))
         order = [names.index(name) for name in names if name not in inside]
         order += [names.index(name) for name in inside]
         return devices.transpose(order).reshape(-1, math.prod(sizes[name] for name in inside))
