@@ -404,6 +404,12 @@ def test_softmax_and_norms_are_float32_in_bfloat16(design):
     assert not any(is_bfloat16(equation) for equation in found)
 
 
+def test_shift_scale_and_gate_are_float32_whatever_the_type_of_their_product():
+    block = block_of(tiny_model(jnp.bfloat16), 0)
+    vectors = jax.eval_shape(block.modulation, jnp.zeros((3, 1, 20)))
+    assert {vector.dtype for vector in vectors} == {jnp.dtype("float32")}
+
+
 def test_the_loss_and_its_gradients_are_float32_in_bfloat16():
     config = tiny_config(train=dict(dtype="bfloat16"))
     state = jax.eval_shape(lambda: make_state(config, make_mesh(config)))
