@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 from PIL import Image
 
 import sample
@@ -118,6 +119,15 @@ def show_condition(config: Config, brightness: Callable) -> jax.tree_util.Partia
         return process.pred_eps(x0, x, t)
 
     return jax.tree_util.Partial(predict)
+
+
+def equations(jaxpr, *primitives: str) -> list:
+    """The equations of a traced computation that are of some primitives, also of its inner ones."""
+    found = [e for e in jaxpr.eqns if e.primitive.name in primitives]
+    for equation in jaxpr.eqns:
+        for inner in jaxprs_in_params(equation.params):
+            found += equations(inner, *primitives)
+    return found
 
 
 def largest_difference(a, b) -> float:

@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import awaken, block_of, inputs, tiny_model
+from conftest import awaken, block_of, equations, inputs, tiny_config, tiny_model
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+import dit.model
 from dit.model import (
     BLOCKS,
     PRESETS,
@@ -19,6 +22,8 @@ from dit.model import (
     timestep_features,
     unpatchify,
 )
+from dit.sharding import has_cudnn_attention, make_mesh
+from dit.state import make_objective, make_state
 
 # Trainable parameters (recounted), and Table 4's Gflops
 PAPER = {
@@ -325,3 +330,194 @@ def test_with_masks_every_block_starts_as_the_identity_bit_for_bit(dtype):
         np.testing.assert_array_equal(block_of(model, i)(tokens, c), tokens)
     assert not model(x, t, y, mask).any()
     assert awaken(model)(x, t, y, mask).any()
+
+
+# Precision
+
+
+def is_bfloat16(equation) -> bool:
+    return any(var.aval.dtype == jnp.bfloat16 for var in equation.invars)
+
+
+def scans_of_blocks(model: DiT) -> list:
+    """The loops over the blocks in a traced forward pass."""
+    jaxpr = jax.make_jaxpr(model)(*inputs(model))
+    return [e for e in equations(jaxpr, "scan") if e.params["length"] == model.depth]
+
+
+@pytest.mark.parametrize("design", BLOCKS)
+def test_in_bfloat16_the_residual_stream_is_float32(design):
+    model = tiny_model(jnp.bfloat16, conditioning=design)
+    (scan,) = scans_of_blocks(model)
+    (carry,) = scan.outvars
+    assert carry.aval.shape[0] == 3 and carry.aval.shape[-1] == 20  # [B, T, D]
+    assert carry.aval.dtype == jnp.float32
+    x, c = jnp.zeros((3, 4, 20)), jnp.zeros((3, 2, 20))[:, : 1 if model.adaptive else 2]
+    assert jax.eval_shape(block_of(model, 0), x, c).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("design", BLOCKS)
+def test_in_bfloat16_every_product_of_a_block_is_and_none_before_or_behind_it(design):
+    model = tiny_model(jnp.bfloat16, conditioning=design)
+    (scan,) = scans_of_blocks(model)
+    in_blocks = equations(scan.params["jaxpr"], "dot_general")
+    everywhere = equations(jax.make_jaxpr(model)(*inputs(model)), "dot_general")
+    attentions = 2 if design == "cross_attention" else 1
+    linear = {"adaln_zero": 5, "adaln": 5, "cross_attention": 7, "in_context": 4}[design]
+    assert len(in_blocks) == linear + 2 * attentions
+    assert all(is_bfloat16(product) for product in in_blocks)
+    assert sum(is_bfloat16(product) for product in everywhere) == len(in_blocks)
+    assert len(everywhere) > len(in_blocks)
+
+
+def test_with_masks_too_the_embeddings_are_float32():
+    model = tiny_model(jnp.bfloat16, mask_classes=2)
+    t, y, mask = jnp.zeros(3), jnp.zeros(3, int), jnp.zeros((3, 6, 6), int)
+    found = equations(
+        jax.make_jaxpr(model.condition)(t, y, mask), "dot_general", "conv_general_dilated"
+    )
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    assert len(found) == 4  # fc1 and fc2, the convolution and the linear layer
+    assert not any(is_bfloat16(product) for product in found)
+    assert {product.params["precision"] for product in found} == {highest}
+
+
+@pytest.mark.parametrize("design", BLOCKS)
+def test_in_float32_every_product_is_of_the_highest_precision(design):
+    model = tiny_model(conditioning=design)
+
+    def loss(model: DiT, x, t, y) -> jax.Array:
+        return model(x, t, y).sum()
+
+    found = equations(jax.make_jaxpr(jax.grad(loss))(model, *inputs(model)), "dot_general")
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    assert len(found) > 20
+    assert {product.params["precision"] for product in found} == {highest}
+
+
+@pytest.mark.parametrize("design", BLOCKS)
+def test_softmax_and_norms_are_float32_in_bfloat16(design):
+    model = tiny_model(jnp.bfloat16, conditioning=design)
+    jaxpr = jax.make_jaxpr(model)(*inputs(model))
+    found = equations(jaxpr, "exp", "reduce_max", "rsqrt", "reduce_sum", "div", "square")
+    assert {"exp", "reduce_max", "rsqrt"} <= {equation.primitive.name for equation in found}
+    assert not any(is_bfloat16(equation) for equation in found)
+
+
+def test_shift_scale_and_gate_are_float32_whatever_the_type_of_their_product():
+    block = block_of(tiny_model(jnp.bfloat16), 0)
+    vectors = jax.eval_shape(block.modulation, jnp.zeros((3, 1, 20)))
+    assert {vector.dtype for vector in vectors} == {jnp.dtype("float32")}
+
+
+def test_the_loss_and_its_gradients_are_float32_in_bfloat16():
+    config = tiny_config(train=dict(dtype="bfloat16"))
+    state = jax.eval_shape(lambda: make_state(config, make_mesh(config)))
+    x, y = jnp.zeros((3, 8, 8, 1)), jnp.zeros(3, int)
+    objective = make_objective(config)
+    loss_and_grads = jax.value_and_grad(objective.loss, has_aux=True)
+    key = jax.random.key(0)
+    (loss, metrics), grads = jax.eval_shape(loss_and_grads, state.model, key, x, {"y": y})
+    assert state.model.dtype == "bfloat16"
+    leaves = [loss, *metrics.values(), *jax.tree.leaves(grads)]
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
+
+
+def test_the_rounding_errors_of_bfloat16_do_not_add_up_over_28_layers():
+    sizes = dict(depth=28, hidden_size=64, num_heads=4)
+    exact = jax.jit(lambda: awaken(tiny_model(**sizes), scale=0.02))()
+    in_bfloat16 = jax.eval_shape(lambda: tiny_model(jnp.bfloat16, **sizes))
+    model = jax.tree.unflatten(jax.tree.structure(in_bfloat16), jax.tree.leaves(exact))
+    batch = inputs(exact)
+    expected = jax.jit(exact)(*batch)
+    error = jnp.linalg.norm(jax.jit(model)(*batch) - expected) / jnp.linalg.norm(expected)
+    assert 1e-5 < float(error) < 5e-3
+
+
+# Which attention
+
+
+def heads(T=6, S=6, head_dim=16, dtype=jnp.bfloat16) -> tuple:
+    """q `[2, T, 3, head_dim]`, k and v `[2, S, 3, head_dim]`, abstract."""
+    q = jax.ShapeDtypeStruct((2, T, 3, head_dim), dtype)
+    k = jax.ShapeDtypeStruct((2, S, 3, head_dim), dtype)
+    return q, k, k
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """As if the devices were GPUs with a cuDNN."""
+    monkeypatch.setattr(dit.model, "has_cudnn_attention", lambda: True)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_200)
+
+
+def lowered_attention(*heads) -> str:
+    """Of the attention and its derivative, for an NVIDIA GPU."""
+    grad = jax.grad(lambda *heads: attend(*heads).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+    return jax.jit(grad).trace(*heads).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    "options", [dict(), dict(T=256, S=2), dict(T=2), dict(head_dim=8), dict(head_dim=128)]
+)
+def test_cudnn_fuses_the_attention_that_it_can(options, cudnn):
+    text = lowered_attention(*heads(**options))
+    assert "__cudnn$fmhaSoftmax(" in text
+    assert "__cudnn$fmhaSoftmaxBackward(" in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(T=49, S=49),
+        dict(T=49),
+        dict(S=49),
+        dict(dtype=jnp.float32),
+        dict(head_dim=20),
+        dict(head_dim=136),
+    ],
+)
+def test_the_attention_that_cudnn_cannot_fuse_is_computed_without_it(options, cudnn):
+    text = lowered_attention(*heads(**options))
+    assert "__cudnn" not in text
+    assert "dot_general" in text
+
+
+def test_without_cudnn_nothing_is_left_to_it():
+    assert "__cudnn" not in lowered_attention(*heads())
+
+
+# Where cuDNN is
+
+
+class Device:
+    """A device of which only this is asked."""
+
+    def __init__(self, platform: str, compute_capability: str = ""):
+        self.platform = platform
+        if compute_capability:
+            self.compute_capability = compute_capability
+
+
+def test_cpus_have_no_cudnn():
+    assert not has_cudnn_attention()
+    with jax.set_mesh(make_mesh(tiny_config())):
+        assert not has_cudnn_attention()
+
+
+@pytest.mark.parametrize(
+    "kind, platform, found", [("NVIDIA H100", "gpu", True), ("TPU v5 lite", "tpu", False)]
+)
+def test_a_mesh_of_devices_that_are_not_here_decides_by_their_platform(kind, platform, found):
+    device = AbstractDevice(device_kind=kind, platform=platform, num_cores=None)
+    axis_types = (AxisType.Auto,) * 2
+    mesh = AbstractMesh((2, 4), ("data", "fsdp"), axis_types, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert has_cudnn_attention() == found
+
+
+@pytest.mark.parametrize("capability, found", [("7.5", False), ("8.0", True), ("12.0", True)])
+def test_a_gpu_has_it_from_compute_capability_8(capability, found, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device("gpu", capability)])
+    assert has_cudnn_attention() == found
