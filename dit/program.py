@@ -50,7 +50,7 @@ def collectives(hlo: str) -> list[Collective]:
     """Every collective of an optimised program, with the trips of the loops around it.
 
     One that a TPU's compiler has spread over several fusions counts once: channel and shapes tell.
-    One of its fusions is a reduce-scatter by name, and inside an all-reduce of which a part is kept.
+    A reduce-scatter is there a fusion of that name, with an all-reduce inside that is cut up.
     """
     programs = computations(hlo)
     entry = next(name for name, lines in programs.items() if lines[0].startswith("ENTRY"))

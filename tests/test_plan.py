@@ -31,15 +31,13 @@ def run_plan(*argv: str) -> int:
 # Without a compiler
 
 
-def test_plan_counts_parameters_cost_and_bytes_without_any_chip(capsys):
-    assert run_plan("imagenet256_xl2", "--mesh.fsdp", "8") == 0
+def test_plan_counts_parameters_and_cost_without_any_chip(capsys):
+    assert run_plan("imagenet256_xl2") == 0
     output = capsys.readouterr().out
     assert f"{PARAMETERS:,} parameters" in output
     assert "118.62 G multiply-adds" in output
     assert "182.2 TFLOP a step" in output
-    share = float(output.split(" GiB of state a device")[0].split()[-1])
-    copies = 4  # parameters, their average, and two moments
-    assert share == pytest.approx(copies * 4 * PARAMETERS / 8 / GIB, rel=0.01)
+    assert "--topology says what devices hold and send" in output
 
 
 def test_help_lists_the_topology_and_needs_no_jax(tmp_path):
@@ -65,7 +63,7 @@ def test_what_no_machine_has_is_refused(refused):
 
 
 def test_devices_that_do_not_divide_are_refused(refused):
-    line = refused(run_plan, "digits", "--train.batch-size", "12")
+    line = refused(run_plan, "digits", "--topology", "cpu:8", "--train.batch-size", "12")
     assert "train.batch_size: 12 should be a multiple of the 8 devices" in line
     line = refused(run_plan, "digits", "--topology", "cpu:3", "--mesh.fsdp", "2")
     assert "mesh.data and mesh.fsdp: (-1, 2) should be such that their product is" in line
@@ -228,7 +226,7 @@ def test_a_run_that_does_not_fit_is_told_what_makes_it_fit(capsys, monkeypatch):
         "digits --topology h100:1",
         "cifar10 --topology h100:1",
         "imagenet256_xl2 --topology h100:8",
-        "imagenet256_xl2 --topology v5e:2x4 --mesh.fsdp 8 --data.vae vae",
+        "imagenet256_xl2 --topology v5e:2x4 --data.vae vae",
     ],
 )
 def test_presets_compile_for_chips_that_are_not_here_and_fit(argv, capsys):
