@@ -350,12 +350,12 @@ TOPOLOGIES = ["h100:1", "h100:8", "h100:8x8", "v5e:2x4", "v5e:16x16", "v5p:2x2x4
 def print_table() -> int:
     """Markdown: what makes each size fit on each topology, and the bounds of its speed."""
     recipe = cli.load_preset("imagenet256_xl2")
-    print("| DiT | chips | it fits with | GiB | products, memory, links (ms) | images/s | MFU |")
+    print("| chips | DiT | it fits with | GiB | products, memory, links (ms) | images/s | MFU |")
     print("|---|---|---|---|---|---|---|", flush=True)
-    for (name, size), topology in itertools.product(SIZES.items(), TOPOLOGIES):
+    for topology, (name, size) in itertools.product(TOPOLOGIES, SIZES.items()):
         config = replace(recipe, model=size, mesh=dict(fsdp=1))
         *_, last = attempts(config, devices_of(topology))
-        print(f"| {name} | {topology} | {table_row(last)} |", flush=True)
+        print(f"| {topology} | {name} | {table_row(last)} |", flush=True)
     return 0
 
 

@@ -90,7 +90,7 @@ def test_a_terminal_shows_a_bar_and_no_lines(monkeypatch, capsys):
 
 def test_the_clock_counts_images_flops_and_the_share_of_the_peak(time):
     clock = log.Clock(flops_per_image=3e12)
-    clock.peak = 10e12
+    clock.chip = Chip("new", ("new",), 10e12)
     time.now += 5
     clock.stop()
     time.now += 4  # not training
@@ -116,7 +116,7 @@ def test_a_chip_without_a_known_peak_has_no_share_of_it(time):
     clock = log.Clock(1.0)
     time.now += 1
     clock.stop()
-    assert clock.peak is None
+    assert clock.chip is None
     assert "mfu" not in clock.read()
 
 
