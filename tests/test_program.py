@@ -521,16 +521,17 @@ def test_accelerators_gather_in_bfloat16_and_scatter_gradients_in_float32(topolo
 
     # compilers transpose and split what they gather
     sizes = {math.prod(shape) for shape in step.shapes}
-    in_loops = [each for each in step.of("all-gather") if each.times == DEPTH]
     all_gathered = [shape for each in step.of("all-gather") for shape in each.shapes]
     assert {math.prod(dimensions(shape)) for shape in all_gathered} <= sizes
-    assert {shape[:5] for each in in_loops for shape in each.shapes} == {"bf16["}
     kernels = sum(math.prod(shape) for shape in step.layer_shapes if len(shape) == 2)
-    assert sum(each.size for each in in_loops) >= 2 * 2 * kernels, "forward and backward"
+    of_blocks = [each for each in step.of("all-gather") if each.shapes[0].startswith("bf16")]
+    in_all = sum(each.times * each.size for each in of_blocks)  # loops may be unrolled in part
+    passes = 2 * DEPTH - 1  # forward and backward, which may share the last block's
+    assert in_all >= passes * 2 * kernels
 
     scattered = step.of("reduce-scatter")
     assert {shape[:4] for each in scattered for shape in each.shapes} == {"f32["}
-    assert sum(each.size for each in scattered if each.times == DEPTH) >= 4 * kernels
+    assert sum(each.times * each.size for each in scattered) >= DEPTH * 4 * kernels
     reduced = [shape for each in step.of("all-reduce") for shape in each.shapes]
     in_bfloat16 = [shape for shape in reduced if shape.startswith("bf16")]
     assert all(len(dimensions(shape)) == 1 for shape in in_bfloat16), "biases that are gathered"
