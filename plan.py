@@ -210,8 +210,8 @@ def changes(config: Config, devices: int) -> Iterator[dict[str, dict]]:
         if config.model.remat in ("none", "dots") and config.model.remat != remat:
             made = made | {"model": {"remat": remat}}
             yield made
-    if config.mesh.fsdp == 1 and devices > 1:
-        made = made | {"mesh": {"fsdp": min(devices, 8), "data": -1}}
+    if (config.mesh.data, config.mesh.fsdp) == (-1, 1) and devices > 1:
+        made = made | {"mesh": {"fsdp": min(devices, 8)}}
         yield made
     accumulate = 2 * config.optim.accumulate
     while batch_size % (accumulate * devices) == 0:

@@ -77,7 +77,7 @@ def test_the_cheapest_changes_come_first_and_smaller_batches_last():
     config = tiny_config(train=dict(batch_size=64))
     none, dots = {}, {"model": {"remat": "dots"}}
     full = {"model": {"remat": "full"}}
-    fsdp = full | {"mesh": {"fsdp": 8, "data": -1}}
+    fsdp = full | {"mesh": {"fsdp": 8}}
     parts = [fsdp | {"optim": {"accumulate": n}} for n in (2, 4, 8)]
     fewer = [fsdp | {"train": {"batch_size": n}, "optim": {"accumulate": 1}} for n in (32, 16, 8)]
     assert none not in plan.changes(config, 8)
@@ -99,7 +99,7 @@ def test_what_a_config_has_already_is_not_suggested():
 def test_at_most_8_devices_share_the_parameters(devices, fsdp):
     config = tiny_config(train=dict(batch_size=devices))
     meshes = [change["mesh"] for change in plan.changes(config, devices) if "mesh" in change]
-    assert meshes == [{"fsdp": fsdp, "data": -1}]
+    assert meshes == [{"fsdp": fsdp}]
 
 
 def test_changes_are_shown_as_flags_that_make_them():
