@@ -62,7 +62,7 @@ from dit.imagenet.inception import Inception
 from dit.imagenet.tensors import component_folder
 from dit.imagenet.vae import GROUPS, LAYERS, VAE, abstract_vae
 from dit.model import count_parameters, multiply_adds
-from dit.program import Collective, collectives
+from dit.program import Collective, collectives, temporaries
 from dit.sharding import make_mesh
 from dit.state import abstract_state, make_model
 from dit.topology import devices_of
@@ -179,25 +179,19 @@ def share(tree: Any) -> int:
     )
 
 
-def temporaries(program: jax.stages.Compiled) -> int:
-    """Bytes beside a program's arguments: scratch, and results that take no argument's place."""
-    memory = program.memory_analysis()
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.temp_size_in_bytes + results
-
-
 def networks(config: Config) -> tuple[Any, Any]:
     """The VAE and the Inception network that a run loads, abstract, None where it loads none.
 
     A folder that is not here yet counts as Stable Diffusion's VAE.
     """
-    folder = config.data.vae
+    folder, vae, inception = config.data.vae, None, None
     if folder and Path(folder).exists():
         vae = abstract_vae(component_folder(Path(folder), "vae"))
-    else:
+    elif folder:
         vae = jax.eval_shape(lambda: VAE(PUBLISHED_VAE, LAYERS, GROUPS, rngs=nnx.Rngs(0)))
-    inception = jax.eval_shape(lambda: Inception(rngs=nnx.Rngs(0)))
-    return vae if folder else None, inception if config.eval.every else None
+    if config.eval.every:
+        inception = jax.eval_shape(lambda: Inception(rngs=nnx.Rngs(0)))
+    return vae, inception
 
 
 # What could make it fit

@@ -97,7 +97,7 @@ def lower_train_step(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Lowe
     }
     placement = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(partial(train_step, config), donate_argnums=0, out_shardings=(placement, None))
-    with jax.set_mesh(mesh):  # which holds the activations to the batch
+    with jax.set_mesh(mesh):  # in which the model gathers its weights
         return step.lower(state, batch)
 
 
@@ -159,9 +159,7 @@ def train(config: Config) -> State:
     began = time.perf_counter()
     lowered = lower_train_step(config, mesh)
     traced = time.perf_counter()
-    compiled_step = lowered.compile(
-        compiler_options(mesh)
-    )  # fast where the compilation cache has it
+    compiled_step = lowered.compile(compiler_options(mesh))  # fast where the cache has it
     compiled = time.perf_counter()
     say(f"traced in {traced - began:.1f} s, compiled in {compiled - traced:.1f} s")
     flops_per_image = 2 * 3 * multiply_adds(state.model)

@@ -51,6 +51,7 @@ def jax_trainer(config: Config) -> Trainer:
     import numpy as np
 
     from dit.data import batch_shapes
+    from dit.program import temporaries
     from dit.sharding import make_mesh, place_batch
     from dit.state import make_state
     from train import compile_train_step
@@ -58,9 +59,8 @@ def jax_trainer(config: Config) -> Trainer:
     device = jax.devices()[0]
     mesh = make_mesh(config, [device])
     compiled_step = compile_train_step(config, mesh)
-    memory = compiled_step.memory_analysis()
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    planned_bytes = memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes
+    arguments = compiled_step.memory_analysis().argument_size_in_bytes
+    planned_bytes = arguments + temporaries(compiled_step)
 
     def start() -> Step:
         rng = np.random.default_rng(0)

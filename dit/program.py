@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its optimised HLO.
+"""What a compiled program holds, and sends between devices, read from its optimised HLO.
 
 With n devices in a group, one array of N bytes costs each device, whatever the algorithm, at least
 these bytes out of its links (reduce-scatter's N is what goes in, all-gather's what comes out):
@@ -13,11 +13,19 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute"
 ITEM_SIZE = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 ITEM_SIZE |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8, "f8e4m3fn": 1}
+
+
+def temporaries(program: jax.stages.Compiled) -> int:
+    """Bytes beside a program's arguments: scratch, and results that take no argument's place."""
+    memory = program.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.temp_size_in_bytes + results
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The mesh of devices, the rule that shards a tree over it, and work in equal parts.
 
-The mesh has two axes: `data` shares the batch, `fsdp` shares the batch and the parameters. No model
-knows of either.
+The mesh has two axes: `data` shares the batch, `fsdp` shares the batch and the parameters. A model
+knows of neither: it only says where its weights are gathered.
 """
 
 import math

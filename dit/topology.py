@@ -60,7 +60,6 @@ GPUS = {
         bandwidth=3_352_320_000_000,
         cache=52_428_800,
         shared_memory=233_472,
-        registers=65_536,
     ),
 }
 GPUS["h200"] = GPUS["h100"] | dict(
