@@ -61,7 +61,7 @@ from dit.data import batch_shapes
 from dit.imagenet.inception import Inception
 from dit.imagenet.tensors import component_folder
 from dit.imagenet.vae import GROUPS, LAYERS, VAE, abstract_vae
-from dit.model import count_parameters, multiply_adds
+from dit.model import TRAINING_FLOPS, count_parameters, multiply_adds
 from dit.program import Collective, collectives, temporaries
 from dit.sharding import make_mesh
 from dit.state import abstract_state, make_model
@@ -98,7 +98,7 @@ class Estimate:
     @property
     def flops(self) -> float:
         """That a step needs on all devices; what rematerialisation repeats is not in it."""
-        return 6 * self.multiply_adds * self.config.train.batch_size
+        return TRAINING_FLOPS * self.multiply_adds * self.config.train.batch_size
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -257,7 +257,7 @@ def attempts(config: Config, devices: list[jax.Device]) -> Iterator[Attempt]:
 
 
 def print_counts(config: Config, parameters: int, operations: int) -> None:
-    tflop = 6 * operations * config.train.batch_size / 1e12
+    tflop = TRAINING_FLOPS * operations * config.train.batch_size / 1e12
     print(
         f"{config.name}: {parameters:,} parameters, {operations / 1e9:.2f} G multiply-adds an "
         f"image, {tflop:.4g} TFLOP a step of {config.train.batch_size} images"

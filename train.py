@@ -28,7 +28,7 @@ from dit.hosts import AnyHost, connect_hosts, refused_together, require_same
 from dit.imagenet.fid import make_evaluation
 from dit.imagenet.vae import load_vae
 from dit.log import Log, say
-from dit.model import DiT, count_parameters, multiply_adds
+from dit.model import TRAINING_FLOPS, DiT, count_parameters, multiply_adds
 from dit.sharding import (
     batch_sharding,
     compiler_options,
@@ -162,7 +162,7 @@ def train(config: Config) -> State:
     compiled_step = lowered.compile(compiler_options(mesh))  # fast where the cache has it
     compiled = time.perf_counter()
     say(f"traced in {traced - began:.1f} s, compiled in {compiled - traced:.1f} s")
-    flops_per_image = 2 * 3 * multiply_adds(state.model)
+    flops_per_image = TRAINING_FLOPS * multiply_adds(state.model)
     on_any_host = AnyHost(mesh)
 
     with (

@@ -25,7 +25,7 @@ from dit.chips import find_chip
 from dit.config import Data, InputError, PositiveFloat, PositiveInt
 from dit.data import Dataset, batches, open_dataset, tfds_config
 from dit.imagenet import latents
-from dit.model import multiply_adds
+from dit.model import TRAINING_FLOPS, multiply_adds
 from dit.state import make_model
 from dit.tfds import open_tfds
 
@@ -108,7 +108,7 @@ def demand(preset: str) -> float:
     """Images/s that training takes on one H100."""
     config = cli.load_preset(preset)
     model = jax.eval_shape(partial(make_model, config), jax.random.key(0))
-    return MFU * find_chip("H100").peak / (2 * 3 * multiply_adds(model))
+    return MFU * find_chip("H100").peak / (TRAINING_FLOPS * multiply_adds(model))
 
 
 def main() -> None:

@@ -136,7 +136,7 @@ def measure(options: Options) -> Figures:
 def time_steps(step: Step, config: Config, device_kind: str, steps: int) -> Figures:
     import jax
 
-    from dit.model import multiply_adds
+    from dit.model import TRAINING_FLOPS, multiply_adds
     from dit.state import make_init
 
     start = time.perf_counter()
@@ -146,7 +146,7 @@ def time_steps(step: Step, config: Config, device_kind: str, steps: int) -> Figu
     seconds = (time.perf_counter() - start) / steps
     images_per_second = config.train.batch_size / seconds
     model = jax.eval_shape(make_init(config)).model
-    flops_per_second = images_per_second * 6 * multiply_adds(model)
+    flops_per_second = images_per_second * TRAINING_FLOPS * multiply_adds(model)
     chip = find_chip(device_kind)
     return {
         "device": device_kind,

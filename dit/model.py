@@ -370,6 +370,9 @@ class DiT(nnx.Module):
 
 # Costs
 
+# FLOPs of a training step for each of `multiply_adds`: two, in what costs three forward passes
+TRAINING_FLOPS = 6
+
 
 def count_parameters(module: nnx.Module) -> int:
     """Trainable parameters of a model, a layer, or its `jax.eval_shape`, without statistics."""
@@ -379,7 +382,7 @@ def count_parameters(module: nnx.Module) -> int:
 def multiply_adds(model: DiT) -> int:
     """Multiply-adds of one image's forward pass, matrix products only: the paper's "Gflops" x 1e9.
 
-    FLOPs are twice as many, and a training step costs three forward passes.
+    FLOPs are twice as many, and those of a training step TRAINING_FLOPS times.
     """
     D, p = model.hidden_size, model.patch_size
     patches = (model.input_size // p) ** 2
