@@ -15,6 +15,7 @@ from dit.config import Config
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported
     cli.use_compilation_cache()
+    cli.keep_freed_memory()
     with cli.exit_status("train.py"):
         CONFIG = cli.parse_config(sys.argv[1:], "train.py", __doc__)
 

@@ -104,6 +104,7 @@ def measure(options: Options) -> Figures:
     config, framework = options.config, options.framework
     if framework == "jax":
         cli.use_compilation_cache()
+        cli.keep_freed_memory()
     else:
         os.environ["JAX_PLATFORMS"] = "cpu"  # the GPU is PyTorch's
     figures = {

@@ -7,7 +7,7 @@ from dit.config import Config, Data, Model, Objective, Optim, Train
 
 config = Config(
     name="cifar10_tiny",
-    model=Model(hidden_size=128, depth=4, num_heads=4, patch_size=4, remat="full"),
+    model=Model(hidden_size=128, depth=4, num_heads=4, patch_size=4),
     objective=Objective(schedule="cosine"),
     data=Data(name="cifar10", image_size=32, channels=3, num_classes=10, flip=True),
     optim=Optim(learning_rate=1e-3, warmup_steps=50, schedule="cosine", ema_decay=0.995),

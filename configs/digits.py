@@ -9,8 +9,7 @@ from dit.config import Config, Data, Model, Objective, Optim, Train
 
 config = Config(
     name="digits",
-    # remat is the faster on a CPU
-    model=Model(hidden_size=128, depth=4, num_heads=4, patch_size=2, remat="full"),
+    model=Model(hidden_size=128, depth=4, num_heads=4, patch_size=2),
     objective=Objective(schedule="cosine", min_snr_gamma=5.0, label_dropout=0.05),
     data=Data(name="digits", image_size=8, channels=1, num_classes=10),
     optim=Optim(learning_rate=2e-3, warmup_steps=100, schedule="cosine", ema_decay=0.998),

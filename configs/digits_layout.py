@@ -8,8 +8,7 @@ from dit.config import Config, Data, Model, Objective, Optim, Train
 
 config = Config(
     name="digits_layout",
-    # remat is the faster on a CPU
-    model=Model(hidden_size=128, depth=4, num_heads=4, patch_size=2, remat="full"),
+    model=Model(hidden_size=128, depth=4, num_heads=4, patch_size=2),
     objective=Objective(
         schedule="cosine", min_snr_gamma=5.0, label_dropout=0.05, mask_dropout=0.15
     ),

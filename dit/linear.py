@@ -41,10 +41,21 @@ def _forward(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype) -> tuple[j
     return _affine(x, kernel, bias, dtype), (x, kernel)
 
 
+def _outer(x: jax.Array, dy: jax.Array, dtype) -> jax.Array:
+    """(3): x `[M, I]` and dy `[M, O]` to float32 `[I, O]`.
+
+    On a CPU a product over one axis takes its factors as they lie, where one over several copies x;
+    and it is the faster with the narrower factor first.
+    """
+    if x.shape[1] > dy.shape[1]:
+        return _outer(dy, x, dtype).T
+    return multiply("mi,mo->io", x, dy, dtype, jnp.float32)
+
+
 def _backward(dtype, saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, kernel = saved
     dx = multiply("...o,io->...i", dy, gather(kernel.astype(dtype)), dtype, x.dtype)  # (2)
-    dkernel = multiply("...i,...o->io", x, dy, dtype, jnp.float32)  # (3)
+    dkernel = _outer(x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), dtype)  # (3)
     dbias = dy.sum(axis=range(dy.ndim - 1), dtype=jnp.float32)  # (3)
     return dx, dkernel, dbias
 

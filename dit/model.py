@@ -14,12 +14,13 @@ from dit.config import (
 )  # the paper's twelve sizes: DiT(**PRESETS["DiT-XL/2"], ...)
 from dit.linear import Linear, multiply
 from dit.normalization import Modulation, layer_norm, modulate, xavier, zero_init
-from dit.sharding import gather, has_cudnn_attention
+from dit.sharding import gather, has_cudnn_attention, is_one_cpu
 
 normal_002 = nnx.initializers.normal(0.02)
 
 MASK_FEATURES = 64  # channels of the convolution that embeds a mask
 TIMESTEP_FEATURES = 256
+SHALLOW = 12  # blocks that a CPU's program may hold one by one, rather than as a loop
 
 
 # Images and tokens
@@ -361,9 +362,11 @@ class DiT(nnx.Module):
         def apply_block(x: jax.Array, block: nnx.Module) -> tuple[jax.Array, None]:
             return block(x, c), None
 
+        # A CPU fuses little across a loop's end. Without one the compiler would undo remat.
+        unroll = self.remat == "none" and self.depth <= SHALLOW and is_one_cpu()
         if self.remat != "none":
             apply_block = jax.checkpoint(apply_block, policy=REMAT[self.remat], prevent_cse=False)
-        x, _ = jax.lax.scan(apply_block, x, self.blocks)
+        x, _ = jax.lax.scan(apply_block, x, self.blocks, unroll=unroll)
         x = self.final(x[:, :num_patches], c)  # [B, T, p p 2C] or [B, T, p p C]
         return unpatchify(x, self.patch_size)
 

@@ -67,6 +67,12 @@ def has_cudnn_attention() -> bool:
     return platform == "gpu" and is_new
 
 
+def is_one_cpu() -> bool:
+    """Whether the mesh in use is a single CPU."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size == 1 and mesh.abstract_device.platform == "cpu"
+
+
 # Where arrays lie
 
 
