@@ -131,7 +131,7 @@ class TooLarge(Exception):
     """A compiler's refusal. `bytes` is what the program would need of a device."""
 
     def __init__(self, text: str):
-        used = re.search(r"Used ([\d.]+)([GM]) of", text)
+        used = re.search(r"(?:Used |temporaries \()([\d.]+)([GM])", text)
         self.bytes = float(used[1]) * {"G": GIB, "M": 1 << 20}[used[2]] if used else math.inf
 
 
@@ -205,8 +205,9 @@ def changes(config: Config, devices: int) -> Iterator[dict[str, dict]]:
             made = made | {"model": {"remat": remat}}
             yield made
     if (config.mesh.data, config.mesh.fsdp) == (-1, 1) and devices > 1:
-        made = made | {"mesh": {"fsdp": min(devices, 8)}}
-        yield made
+        for fsdp in sorted({min(devices, 8), devices}):
+            made = made | {"mesh": {"fsdp": fsdp}}
+            yield made
     accumulate = 2 * config.optim.accumulate
     while batch_size % (accumulate * devices) == 0:
         made = made | {"optim": {"accumulate": accumulate}}

@@ -115,13 +115,14 @@ def answer(command, *args) -> list:
 
 
 def two(folder: Path) -> dict:
-    """Two hosts of 4 devices: a run with scores, samples, latents; and what one host refuses."""
+    """Two hosts of 4 devices: runs on 4 and on 2, samples, latents; and what one host refuses."""
     run, rank = folder / "run", jax.process_index()
     with pytest.MonkeyPatch.context() as patch:
         stand_in_for_inception(patch)
         reference = write_reference(folder / f"reference-{rank}.npz")
         state = train_on(4, config_of(run, 3, fsdp=4, eval=dict(every=3, reference=reference)))
     save_arrays(folder / "run.npz", state)
+    train_on(2, config_of(folder / "two by two", 2, fsdp=2))
 
     out = str(folder / "samples.npz")
     sample.run(sample.Sample(str(run), num_samples=19, batch_size=8, distributed=True, out=out))
@@ -175,7 +176,9 @@ def refusals(folder: Path, run: Path) -> dict:
 
 
 def four(folder: Path) -> dict:
-    """Four hosts of one device go on with the run of two, until one of them gets a Ctrl-C."""
+    """Four hosts go on with the run of two, until one of them gets a Ctrl-C, and then on 2 devices
+    each for one step more.
+    """
     run, rank = folder / "longer", jax.process_index()
     if rank == 0:
         shutil.copytree(folder / "run", run)
@@ -189,7 +192,12 @@ def four(folder: Path) -> dict:
             signal_at(patch, 2, signal.SIGINT)  # the second step of this process, the run's fifth
         rare = dict(log_every=15)  # a stop does not wait for a line of the log
         state = train_on(1, config_of(run, 15, fsdp=4, train=rare))
-    return {"restored": is_same, "stopped": int(state.step)}
+    stopped = int(state.step)
+    if rank == 0:
+        shutil.copytree(run, folder / "four by two")
+    multihost_utils.sync_global_devices("the run is copied again")
+    train_on(2, config_of(folder / "four by two", stopped + 1, fsdp=4))
+    return {"restored": is_same, "stopped": stopped}
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def two(folder) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def four(folder, two) -> list[dict]:
-    return run_on_hosts("four", 4, 1, folder)
+    return run_on_hosts("four", 4, 2, folder)
 
 
 # One run
@@ -141,6 +141,14 @@ def test_the_losses_are_those_of_one_device_whatever_the_hosts_and_through_a_res
     expected = {step: one[step] for step in (1, 2, 3)}
     expected[stopped] = np.mean([one[step] for step in range(4, stopped + 1)])
     assert losses(folder / "longer") == close_to(expected)
+
+
+def test_the_losses_are_those_of_one_device_on_two_devices_of_two_and_four_hosts(
+    folder, one, two, four
+):
+    after = four[0]["stopped"] + 1
+    assert losses(folder / "two by two") == close_to({step: one[step] for step in (1, 2)})
+    assert losses(folder / "four by two")[after] == pytest.approx(one[after], abs=1e-6)
 
 
 def test_one_process_of_8_devices_goes_on_from_what_four_hosts_saved(folder, one, four, tmp_path):

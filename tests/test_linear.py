@@ -51,6 +51,25 @@ def test_in_float32_it_and_its_derivative_are_jaxs():
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_a_cpu_makes_the_kernels_gradient_of_its_factors_as_they_lie():
+    def dkernel(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return jax.vjp(lambda kernel: affine(x, kernel, bias, F32), kernel)[1](dy)
+
+    x, kernel, bias = operands()
+    program = jax.jit(dkernel).lower(x, WEIGHTS).compile().as_text()
+    assert " dot(" in program
+    assert "copy" not in program
+    assert "transpose(%" not in program
+
+
+def test_the_kernels_gradient_is_the_same_whichever_factor_is_the_wider():
+    x, dy = np.ones((NUM_ROWS, I)) * np.arange(I), np.ones((NUM_ROWS, O)) * np.arange(O)
+    for a, b in ((x, dy), (dy, x)):
+        kernel, bias = jnp.zeros((a.shape[1], b.shape[1])), jnp.zeros(b.shape[1])
+        _, pullback = jax.vjp(lambda k: affine(jnp.float32(a), k, bias, F32), kernel)  # noqa: B023
+        np.testing.assert_allclose(pullback(jnp.float32(b))[0], a.T @ b, rtol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(I,), (B, I), (2, 3, 5, I)])
 def test_x_may_have_any_leading_axes(shape):
     x, (_, kernel, bias) = jnp.ones(shape), operands()

@@ -1,5 +1,7 @@
 """The network: sizes, initialisation, and what each output depends on."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,7 @@ from dit.model import (
     timestep_features,
     unpatchify,
 )
-from dit.sharding import has_cudnn_attention, make_mesh
+from dit.sharding import has_cudnn_attention, make_mesh, replicated
 from dit.state import make_objective, make_state
 
 # Trainable parameters (recounted), and Table 4's Gflops
@@ -224,6 +226,36 @@ def test_remat_changes_the_computation_and_not_the_result():
     grads, remat_grads = jax.grad(loss)(plain), jax.grad(loss)(remat)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(remat_grads), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(a).max()))
+
+
+def loops_of_blocks(mesh: jax.sharding.Mesh | None, **changes) -> list[int]:
+    """How many blocks a trip of each loop of the model has."""
+    model = tiny_model(**changes)
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        loops = equations(jax.make_jaxpr(model)(*inputs(model)).jaxpr, "scan")
+    return [loop.params["unroll"] for loop in loops]
+
+
+def test_one_cpu_takes_blocks_one_by_one_unless_they_are_many_or_repeated(monkeypatch):
+    depth = tiny_model().depth
+    one, two = (make_mesh(tiny_config(), jax.devices()[:n]) for n in (1, 2))
+    assert loops_of_blocks(one) == [depth]
+    assert loops_of_blocks(two) == loops_of_blocks(None) == [1]
+    assert loops_of_blocks(one, remat="full") == [1]
+    monkeypatch.setattr(dit.model, "SHALLOW", depth - 1)
+    assert loops_of_blocks(one) == [1]
+
+
+def test_blocks_one_by_one_and_in_a_loop_have_the_same_gradients():
+    model = awaken(tiny_model())
+    x, t, y = inputs(model)
+    loss_and_grads = jax.value_and_grad(lambda model: jnp.square(model(x, t, y)).sum())
+    in_a_loop = jax.jit(loss_and_grads)(model)
+    mesh = make_mesh(tiny_config(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        one_by_one = jax.jit(loss_and_grads)(jax.device_put(model, replicated(mesh)))
+    for a, b in zip(jax.tree.leaves(in_a_loop), jax.tree.leaves(one_by_one), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(a).max()))
 
 
 def test_remat_dots_repeats_no_product_of_a_linear_layer():

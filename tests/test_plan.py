@@ -95,11 +95,12 @@ def test_what_a_config_has_already_is_not_suggested():
     assert list(plan.changes(config, 1)) == [{"model": {"remat": "full"}}]
 
 
-@pytest.mark.parametrize("devices, fsdp", [(2, 2), (8, 8), (256, 8)])
-def test_at_most_8_devices_share_the_parameters(devices, fsdp):
+@pytest.mark.parametrize("devices, fsdp", [(2, [2]), (8, [8]), (256, [8, 256])])
+def test_8_devices_share_the_parameters_and_all_only_where_that_is_not_enough(devices, fsdp):
     config = tiny_config(train=dict(batch_size=devices))
     meshes = [change["mesh"] for change in plan.changes(config, devices) if "mesh" in change]
-    assert meshes == [{"fsdp": fsdp}]
+    assert [mesh["fsdp"] for mesh in meshes[: len(fsdp)]] == fsdp
+    assert {mesh["fsdp"] for mesh in meshes} == set(fsdp)
 
 
 def test_changes_are_shown_as_flags_that_make_them():
@@ -121,6 +122,8 @@ def test_the_compilers_refusal_says_what_it_would_need():
     refusal = "RESOURCE_EXHAUSTED: Ran out of memory. Used 17.50G of 15.75G hbm."
     assert plan.TooLarge(refusal).bytes == 17.5 * GIB
     assert plan.TooLarge("Used 512.00M of 1").bytes == GIB / 2
+    refusal = "the total memory required for HLO temporaries (140.50G) exceeds available HBM (15G)"
+    assert plan.TooLarge(refusal).bytes == 140.5 * GIB
     assert plan.TooLarge("RESOURCE_EXHAUSTED").bytes == float("inf")
 
 
