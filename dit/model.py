@@ -362,7 +362,7 @@ class DiT(nnx.Module):
         def apply_block(x: jax.Array, block: nnx.Module) -> tuple[jax.Array, None]:
             return block(x, c), None
 
-        # A CPU fuses little across a loop's end. Without one the compiler would undo remat.
+        # A CPU takes blocks faster one by one; but out of a loop the compiler would undo remat.
         unroll = self.remat == "none" and self.depth <= SHALLOW and is_one_cpu()
         if self.remat != "none":
             apply_block = jax.checkpoint(apply_block, policy=REMAT[self.remat], prevent_cse=False)
