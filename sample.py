@@ -268,6 +268,5 @@ def claimed_parts(options: Sample, step: int, classes: np.ndarray) -> Iterator[P
 
 if __name__ == "__main__":
     cli.use_compilation_cache()
-    cli.keep_freed_memory()
     with cli.exit_status("sample.py"):
         run(cli.parse(Sample, sys.argv[1:], "sample.py", __doc__))
