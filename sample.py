@@ -34,7 +34,12 @@ from dit.config import (
     require,
 )
 from dit.files import claim_folder
-from dit.hosts import connect_hosts, refused_together
+from dit.hosts import (
+    command_refused_together,
+    connect_hosts,
+    ended_together,
+    refused_together,
+)
 
 Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR_OR_WEIGHTS")]
 
@@ -117,7 +122,8 @@ def run(options: Sample) -> Path:
         style_strength=options.style_strength,
     )
     if out.suffix == ".npz":
-        with claimed_parts(options, step, classes) as parts:
+        distributed = options.distributed
+        with claimed_parts(options, step, classes) as parts, ended_together(distributed):
             generate.draw_npz(draw, model, vae, labels, options.batch_size, out, parts)
     elif jax.process_index() == 0:
         images = generate.draw_all(draw, model, vae, len(labels), options.batch_size)
@@ -269,4 +275,6 @@ def claimed_parts(options: Sample, step: int, classes: np.ndarray) -> Iterator[P
 if __name__ == "__main__":
     cli.use_compilation_cache()
     with cli.exit_status("sample.py"):
-        run(cli.parse(Sample, sys.argv[1:], "sample.py", __doc__))
+        with command_refused_together(cli.joins_hosts(sys.argv[1:])):
+            OPTIONS = cli.parse(Sample, sys.argv[1:], "sample.py", __doc__)
+        run(OPTIONS)

@@ -12,11 +12,20 @@ from functools import partial
 
 from dit import cli
 from dit.config import Config
+from dit.hosts import (
+    AnyHost,
+    command_refused_together,
+    connect_hosts,
+    ended_together,
+    refused_together,
+    require_same,
+)
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported
     cli.use_compilation_cache()
     cli.keep_freed_memory()
-    with cli.exit_status("train.py"):
+    joins = cli.joins_hosts(sys.argv[1:])
+    with cli.exit_status("train.py"), command_refused_together(joins):
         CONFIG = cli.parse_config(sys.argv[1:], "train.py", __doc__)
 
 import jax
@@ -25,7 +34,6 @@ import optax
 
 from dit import checkpoint, generate
 from dit.data import augment, batch_shapes, batches, drop_condition, open_dataset
-from dit.hosts import AnyHost, connect_hosts, refused_together, require_same
 from dit.imagenet.fid import make_evaluation
 from dit.imagenet.vae import load_vae
 from dit.log import Log, say
@@ -171,6 +179,7 @@ def train(config: Config) -> State:
         checkpoint.Checkpoints(config, dataset) as checkpoints,
         Log(config, start, flops_per_image) as log,
         cli.StopRequest() as stop,
+        ended_together(distributed),
     ):
         for step in range(start + 1, steps + 1):
             asked = time.perf_counter()

@@ -129,6 +129,16 @@ def split_preset(
     raise InputError(f"preset: missing; it should come first, one of {names}, or a Python file")
 
 
+def joins_hosts(argv: list[str]) -> bool:
+    """Whether a command line, which need not be valid, is one of several hosts'."""
+    flag = re.search(r"--(?:mesh\.)?distributed(?:[= ](True|False))?", " ".join(argv))
+    if flag:
+        return flag[1] != "False"
+    with contextlib.suppress(InputError):
+        return bool(argv) and load_preset(argv[0]).mesh.distributed
+    return False
+
+
 @contextlib.contextmanager
 def exit_status(prog: str) -> Iterator[None]:
     """Ends a command whose input is bad with status 2, and one whose run diverged with 1."""
