@@ -42,7 +42,15 @@ class InputError(ValueError):
 
 
 class Diverged(RuntimeError):
-    """The loss or its gradient is not finite any more."""
+    """The loss, its gradient or the state of a run is not finite any more."""
+
+
+class Unsaved(RuntimeError):
+    """A run has ended whose last checkpoint could not be written."""
+
+
+class Stopped(Exception):
+    """A signal has stopped a run where it has nothing to save."""
 
 
 def require(condition: Any, name: str, value: Any, expected: str) -> None:
@@ -151,7 +159,7 @@ class Train:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the products; parameters are float32
     log_every: PositiveInt = 100  # steps between two lines of metrics.jsonl
     sample_every: NonNegativeInt = 10_000  # steps between two sample grids; 0 draws none
-    checkpoint_every: NonNegativeInt = 10_000  # steps between two checkpoints; the last gets one
+    checkpoint_every: NonNegativeInt = 10_000  # steps between two; the last and each grid get one
     keep_last: PositiveInt = 3  # newest checkpoints kept
     keep_every: NonNegativeInt = 100_000  # checkpoints at multiples of this are kept for good
     sampler: Literal["ddpm", "ddim"] = "ddim"  # of the sample grids

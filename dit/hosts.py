@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dit.config import Diverged, InputError, one_line
+from dit.config import Diverged, InputError, Stopped, one_line
 
 if TYPE_CHECKING:
     import jax
@@ -130,7 +130,7 @@ def ended_together(distributed: bool) -> Iterator[None]:
     watcher.start()
     try:
         yield
-    except Diverged:  # as they all have
+    except (Diverged, Stopped):  # as they all have
         raise
     except Exception as error:
         left.set()

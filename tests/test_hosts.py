@@ -88,7 +88,7 @@ def rows(workdir: Path) -> list[dict]:
 
 
 def losses(workdir: Path) -> dict[int, float]:
-    return {row["step"]: row["loss"] for row in rows(workdir)}
+    return {row["step"]: row["loss"] for row in rows(workdir) if "loss" in row}
 
 
 def train_here(devices: int, config) -> train.State:
@@ -132,30 +132,24 @@ def close_to(values: dict[int, float]) -> dict:
 
 
 def test_the_losses_are_those_of_one_device_whatever_the_hosts_and_through_a_resume(
-    folder, one, four
-):
-    """Two hosts of 4 devices make three steps, four hosts of one the next three."""
-    stopped = four[0]["stopped"]
-    assert sorted(one) == [1, 2, 3, 4, 5, 6, 7]
-    assert 3 < stopped < 7
-    expected = {step: one[step] for step in (1, 2, 3)}
-    expected[stopped] = np.mean([one[step] for step in range(4, stopped + 1)])
-    assert losses(folder / "longer") == close_to(expected)
-
-
-def test_the_losses_are_those_of_one_device_on_two_devices_of_two_and_four_hosts(
     folder, one, two, four
 ):
-    after = four[0]["stopped"] + 1
+    """Two hosts of 4 devices make three steps, four hosts of one the next, of 2 the one after."""
+    assert sorted(one) == [1, 2, 3, 4, 5, 6, 7]
+    assert losses(folder / "run") == close_to({step: one[step] for step in (1, 2, 3)})
     assert losses(folder / "two by two") == close_to({step: one[step] for step in (1, 2)})
-    assert losses(folder / "four by two")[after] == pytest.approx(one[after], abs=1e-6)
+    stopped = four[0]["stopped"]
+    assert 3 < stopped < 7
+    mean = np.mean([one[step] for step in range(4, stopped + 2)])  # the stop writes no line
+    assert losses(folder / "four by two")[stopped + 1] == pytest.approx(mean, abs=1e-6)
 
 
 def test_one_process_of_8_devices_goes_on_from_what_four_hosts_saved(folder, one, four, tmp_path):
     workdir, stopped = tmp_path / "run", four[0]["stopped"]
     shutil.copytree(folder / "longer", workdir)
     train_here(8, config_of(workdir, stopped + 1, fsdp=8))
-    assert losses(workdir)[stopped + 1] == pytest.approx(one[stopped + 1], abs=1e-6)
+    mean = np.mean([one[step] for step in range(4, stopped + 2)])
+    assert losses(workdir)[stopped + 1] == pytest.approx(mean, abs=1e-6)
 
 
 @pytest.mark.parametrize("devices, fsdp", [(1, 1), (2, 2), (4, 1), (4, 4), (8, 8)])
@@ -175,7 +169,7 @@ def test_a_checkpoint_of_8_devices_is_restored_on_four_hosts_bit_for_bit(four):
 
 
 def test_two_and_four_hosts_measure_what_one_does(folder, one, two, four):
-    ours = {row["step"]: row for row in rows(folder / "one")}
+    ours = {row["step"]: row for row in rows(folder / "one") if "fid" in row}
     for theirs in rows(folder / "run")[-1], rows(folder / "four by two")[-1]:
         for name in ("fid", "inception_score"):
             assert ours[theirs["step"]][name] == pytest.approx(theirs[name], rel=1e-3)
