@@ -22,7 +22,7 @@ import tyro
 
 from dit import cli
 from dit.chips import GIB, find_chip
-from dit.config import Config, PositiveInt, require
+from dit.config import Config, PositiveInt
 
 WARM_UP_STEPS = 3
 
@@ -88,8 +88,6 @@ def torch_trainer(config: Config, compiled: bool) -> Trainer:
     import torch
     from torch_dit import make_step
 
-    objective = config.objective.name
-    require(objective == "ddpm", "objective.name", objective, "ddpm, as in PyTorch's step")
     on_gpu = torch.cuda.is_available()
     device_kind = torch.cuda.get_device_name() if on_gpu else "cpu"
 
