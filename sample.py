@@ -29,7 +29,9 @@ from dit.config import (
     LocalPath,
     PositiveInt,
     Probability,
+    Sampler,
     Seed,
+    check_sampler,
     check_value,
     require,
 )
@@ -51,11 +53,11 @@ class Sample:
     per_class: PositiveInt = 8  # images of each class
     num_samples: PositiveInt | None = None  # images of random classes instead; for .npz
     guidance: float = 1.0  # scale of classifier-free guidance; 1 is none, 4 makes typical pictures
-    sampler: Literal["ddpm", "ddim"] | None = None  # None is the run's train.sampler
+    sampler: Sampler | None = None  # ddpm or ddim, heun or euler for flow; None is the run's
     steps: PositiveInt | None = None  # denoising steps; None is the run's train.sample_steps
     eta: Probability = 0.0  # noise of DDIM, from 0 to DDPM's at 1
     cfg_channels: PositiveInt | None = None  # guide only the first channels; the paper's DiT has 3
-    guidance_interval: tuple[float, float] | None = None  # guide only at timesteps LOW <= t < HIGH
+    guidance_interval: tuple[float, float] | None = None  # guide only at times LOW <= t < HIGH
     mask: str | None = None  # picture of the layout's labels, for a model with masks
     resize_mask: bool = False  # resize a mask of another size
     style: str | None = None  # picture whose channel statistics the samples take (AdaIN)
@@ -140,21 +142,29 @@ def complete(options: Sample, config: Config) -> Sample:
     return dataclasses.replace(
         options,
         vae=options.vae or config.data.vae,
-        sampler=options.sampler or config.train.sampler,
+        sampler=options.sampler or config.sampler,
         steps=options.steps or config.train.sample_steps,
     )
 
 
 def check(options: Sample, config: Config) -> None:
     """Raises InputError for what the model of the config cannot do."""
-    timesteps, channels = config.objective.num_steps, config.input_shape[2]
-    steps, guided, interval = options.steps, options.cfg_channels, options.guidance_interval
-    require(steps <= timesteps, "--steps", steps, f"from 1 to the model's {timesteps} timesteps")
+    objective, channels = config.objective, config.input_shape[2]
+    sampler, steps, timesteps = options.sampler, options.steps, objective.num_steps
+    guided, interval = options.cfg_channels, options.guidance_interval
+    is_flow = objective.name == "flow"
+    check_sampler("--sampler", sampler, objective)
+    fits = is_flow or steps <= timesteps
+    require(fits, "--steps", steps, f"from 1 to the model's {timesteps} timesteps")
+    is_ddims = options.eta == 0 or sampler == "ddim"
+    require(is_ddims, "--eta", options.eta, f"0 with --sampler {sampler}: only ddim has it")
     require(math.isfinite(options.guidance), "--guidance", options.guidance, "a number")
     fits = guided is None or guided <= channels
     require(fits, "--cfg-channels", guided, f"from 1 to {channels}")
     rises = interval is None or interval[0] < interval[1]
     require(rises, "--guidance-interval", interval, "LOW and a HIGH above it")
+    meets_times = not is_flow or interval is None or interval[0] < 1
+    require(meets_times, "--guidance-interval", interval, "of times of flow, from 0 to 1")
 
     out, num_samples = Path(options.out), options.num_samples
     require(out.suffix in (".png", ".npz"), "--out", options.out, "a .png or .npz file")

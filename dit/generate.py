@@ -101,9 +101,20 @@ def make_draw(
     It draws the samples first .. first + n - 1 of the N that `condition` describes, where n is
     `batch_size`, or fewer at the end. Sample i is a function of (seed, i), whatever the batch and
     the number of devices. vae is None for pixels. style: pixels or latents `[1, h, w, C]`, whose
-    channel means and deviations each prediction of x_0 takes.
+    channel means and deviations each prediction of x_0 takes. guidance_interval is in the
+    objective's own time.
     """
     process = make_objective(config)
+    samplers = {
+        "ddpm": sampling.ddpm,
+        "ddim": partial(sampling.ddim, eta=eta),
+        "euler": sampling.euler,
+        "heun": sampling.heun,
+    }
+    run = samplers[sampler]
+    if guidance_interval is not None:  # in the network's time
+        low, high = guidance_interval
+        guidance_interval = (process.time_scale * low, process.time_scale * high)
     num_samples = len(condition["y"])
     batch_size = min(batch_size, num_samples)
 
@@ -116,7 +127,6 @@ def make_draw(
     def sample(model: DiT, vae: Any, condition: Condition, indices: jax.Array) -> jax.Array:
         null = null_condition(condition, config.data)
         denoise = sampling.guided(model, condition, null, guidance, cfg_channels, guidance_interval)
-        run = sampling.ddpm if sampler == "ddpm" else partial(sampling.ddim, eta=eta)
         keys = sampling.sample_keys(seed, indices)
         x = run(process, denoise, keys, config.input_shape, steps, correct=correct)
         return to_uint8(x) if vae is None else decode(vae, x, config, mesh.devices.size)
@@ -164,7 +174,7 @@ def make_grid_sampler(
         mesh,
         make_condition(labels, config, masks),
         batch_size,
-        sampler=train.sampler,
+        sampler=config.sampler,
         steps=train.sample_steps,
         guidance=train.guidance,
         seed=train.seed,

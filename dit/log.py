@@ -296,7 +296,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def plot_loss(workdir: Path) -> None:
-    """`loss.png` from `metrics.jsonl`: the loss and its two parts against the step."""
+    """`loss.png` from `metrics.jsonl`: the loss and its parts, if any, against the step."""
     from matplotlib.figure import Figure
 
     rows = [row for row in read_metrics(workdir / "metrics.jsonl") if "loss" in row]
@@ -309,7 +309,8 @@ def plot_loss(workdir: Path) -> None:
     }
     steps = [row["step"] for row in rows]
     for name, label in labels.items():
-        axes.plot(steps, [row[name] for row in rows], label=label, linewidth=1)
+        if all(name in row for row in rows):  # only DDPM's loss has parts
+            axes.plot(steps, [row[name] for row in rows], label=label, linewidth=1)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()

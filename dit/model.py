@@ -275,11 +275,12 @@ REMAT = {
 class DiT(nnx.Module):
     """The Diffusion Transformer.
 
-    `model(x, t, y, mask=None)`: x `[B, H, W, C]`; t `[B]`, 0 .. 999, may be fractional; y `[B]`
+    `model(x, t, y, mask=None)`: x `[B, H, W, C]`; t `[B]`, 0 .. 1000, may be fractional; y `[B]`
     int, `num_classes` is the null class; with `mask_classes`, mask `[B, H, W]` int, `mask_classes`
     is the null mask. Returns float32 `[B, H, W, 2C]`, the noise and then the variance logits, or
-    `[B, H, W, C]` without `learn_sigma`. `dtype` is the type of the products inside the blocks;
-    the residual stream, norms and softmax are float32, as is all before and behind the blocks.
+    `[B, H, W, C]` without `learn_sigma`: the noise, or what flow predicts. `dtype` is the type of
+    the products inside the blocks; the residual stream, norms and softmax are float32, as is all
+    before and behind the blocks.
     """
 
     def __init__(

@@ -228,7 +228,7 @@ def test_a_config_file_that_cannot_be_is_refused_in_one_line(refused, tmp_path, 
         ),
         (["digits", "--train.steps"], "Missing value for argument '--train.steps'"),
         (["digits", "--train.steps", "0"], "train.steps: 0 should be more than 0"),
-        ([], "preset: missing; it should come first, one of cifar10, cifar10_tiny, digits"),
+        ([], "preset: missing; it should come first, one of cifar10, cifar10_flow, cifar10_tiny"),
         (["nowhere.py"], "preset: 'nowhere.py' is neither a preset nor a Python file"),
     ],
 )

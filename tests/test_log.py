@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import tiny_config
+from matplotlib.axes import Axes
 from PIL import Image
 
 from dit import log
@@ -292,6 +293,23 @@ def test_a_log_leaves_metrics_events_a_grid_and_a_plot(tmp_path):
     assert height == 2 * 66 + 2
     assert width > 3 * 66
     assert Image.open(tmp_path / "loss.png").size[0] > 100
+
+
+@pytest.mark.parametrize(
+    "parts, lines", [([], ["loss"]), (["mse", "vb"], ["loss", "squared error", "variational"])]
+)
+def test_the_plot_has_a_line_for_the_loss_and_for_each_part_that_it_has(
+    tmp_path, monkeypatch, parts, lines
+):
+    row = {"step": 1} | {name: METRICS[name] for name in ["loss", *parts]}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    shown = []
+    monkeypatch.setattr(Axes, "plot", lambda axes, *values, label, **style: shown.append(label))
+    monkeypatch.setattr(Axes, "legend", lambda axes: None)
+    log.plot_loss(tmp_path)
+    assert len(shown) == len(lines)
+    for label, words in zip(shown, lines, strict=True):
+        assert label.startswith(words)
 
 
 def test_a_run_that_stops_before_its_first_line_still_closes(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, largest_difference, run_train, tiny_config
+from conftest import TINY, TINY_FLOW, largest_difference, run_train, tiny_config
 from on_hosts import signal_at
 from PIL import Image
 
@@ -90,6 +90,19 @@ def test_a_run_leaves_what_it_promises(whole_run):
     assert json.loads((whole_run / "config.json").read_text()) == json.loads(config.to_json())
     facts = {"class_names": list("0123456789"), "num_examples": 1797}
     assert checkpoint.stored_dataset(whole_run, 20) == facts
+
+
+def test_a_run_by_flow_matching_is_none_by_ddpm(refused, tmp_path):
+    run_train(*TINY_FLOW, "--workdir", tmp_path, "--train.steps", "2")
+    first, second = rows(tmp_path)
+    assert first["loss"] == pytest.approx(1.5, abs=0.6), "the zero output predicts no image"
+    assert not {"mse", "vb"} & second.keys()
+    assert Image.open(tmp_path / "loss.png").size[0] > 100
+    assert checkpoint.stored_config(tmp_path, 2).objective.name == "flow"
+    line = refused(run_train, *TINY, "--workdir", tmp_path)
+    assert "objective.name: 'ddpm', where 'flow' is stored in " in line
+    run_train(*TINY_FLOW, "--workdir", tmp_path, "--train.steps", "3")
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
 
 
 def watch_stream(monkeypatch) -> list:

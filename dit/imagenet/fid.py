@@ -239,7 +239,7 @@ def make_evaluation(
         mesh,
         make_condition(labels, config),
         batch_size,
-        sampler=config.train.sampler,
+        sampler=config.sampler,
         steps=config.train.sample_steps,
         guidance=config.eval.guidance,
         seed=config.train.seed,
