@@ -6,7 +6,7 @@ batch, one at a time, and prints the exponents that the last two points give, be
 (1) seconds: those of our count of FLOPs
 (2) bytes of temporaries: those of what jax.vjp keeps for the backward pass
 (3) seconds of compiling, against depth: 1 where a CPU takes blocks one by one, 0 in a loop
-(4) bytes of state and batch on each of eight devices, which are fake, against mesh.fsdp: -1
+(4) bytes of the state and an image on each of eight devices, fake ones, against mesh.fsdp: -1
 
 Flags of a config's fields change what it starts from.
 """
@@ -119,12 +119,12 @@ def kept_bytes(config: Config) -> int:
 
 
 def bytes_a_device(config: Config) -> list[int]:
-    """Of the step's arguments, state and batch, for each of FSDP. For a process of its own."""
+    """Of the step's arguments, for each of FSDP. For a process of its own."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
     sizes = []
     for fsdp in FSDP:
-        sharded = replace(config, mesh=dict(fsdp=fsdp))
+        sharded = replace(config, mesh=dict(fsdp=fsdp), train=dict(batch_size=DEVICES))
         program = compile_train_step(sharded, make_mesh(sharded))
         sizes.append(program.memory_analysis().argument_size_in_bytes)
     return sizes

@@ -201,7 +201,7 @@ def make_rows(config: Config, measured: dict[str, list[Figures]], peer: str) -> 
     train, remat = config.train, config.model.remat
     case = f"{config.name}, {train.dtype}, batch {train.batch_size}, remat {remat}"
     fitting = [figures for rounds in measured.values() for figures in rounds if figures]
-    device = fitting[0]["device"] if fitting else "out of memory"
+    device = fitting[0]["device"] if fitting else "unknown device"
     reached = max((figures["product TFLOP/s"] for figures in fitting), default=0.0)
     for figures in fitting:
         figures["% of products"] = 100 * figures["TFLOP/s"] / reached
