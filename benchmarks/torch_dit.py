@@ -15,6 +15,7 @@ import itertools
 import math
 import sys
 import time
+import types
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -134,6 +135,9 @@ def import_peer(peer: str) -> Callable[[Config], nn.Module]:
     if peer == "torch_dit":
         return DiT
     if peer == "diffusers":
+        # which a CPU build of torch lacks the operators for; nothing needs them here
+        stub = "torchvision._meta_registrations"
+        sys.modules.setdefault(stub, types.ModuleType(stub))
         from diffusers import DiTTransformer2DModel
 
         return partial(make_diffusers, DiTTransformer2DModel)
