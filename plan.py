@@ -198,22 +198,22 @@ def networks(config: Config) -> tuple[Any, Any]:
 
 
 def changes(config: Config, devices: int) -> Iterator[dict[str, dict]]:
-    """Changes of a config that save memory, each added to those before, cheapest first."""
-    batch_size, made = config.train.batch_size, {}
-    for remat in ("dots", "full"):
-        if config.model.remat in ("none", "dots") and config.model.remat != remat:
-            made = made | {"model": {"remat": remat}}
-            yield made
+    """Changes of a config that save memory, cheapest first: each is tried with as little of those
+    before it as there can be.
+    """
+    remats = ("none", "dots", "full")
+    remats = remats[remats.index(config.model.remat) :]
+    meshes = [{}]
     if (config.mesh.data, config.mesh.fsdp) == (-1, 1) and devices > 1:
-        for fsdp in sorted({min(devices, 8), devices}):
-            made = made | {"mesh": {"fsdp": fsdp}}
+        meshes += [{"mesh": {"fsdp": fsdp}} for fsdp in sorted({min(devices, 8), devices})]
+    for mesh, remat in itertools.product(meshes, remats):
+        made = ({} if remat == config.model.remat else {"model": {"remat": remat}}) | mesh
+        if made:
             yield made
-    accumulate = 2 * config.optim.accumulate
+    batch_size, accumulate = config.train.batch_size, 2 * config.optim.accumulate
     while batch_size % (accumulate * devices) == 0:
-        made = made | {"optim": {"accumulate": accumulate}}
-        yield made
+        yield made | {"optim": {"accumulate": accumulate}}
         accumulate *= 2
-    made = {name: fields for name, fields in made.items() if name != "optim"}
     while batch_size % (2 * devices) == 0:
         batch_size //= 2
         yield made | {"train": {"batch_size": batch_size}, "optim": {"accumulate": 1}}
@@ -221,7 +221,7 @@ def changes(config: Config, devices: int) -> Iterator[dict[str, dict]]:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A config with changes, and what came of it: an estimate, unless the compiler refused."""
+    """A config with changes, and what came of it: an estimate, unless it is plainly too large."""
 
     changes: dict[str, dict]
     bytes: float
@@ -244,14 +244,23 @@ class Attempt:
 def attempts(config: Config, devices: list[jax.Device]) -> Iterator[Attempt]:
     """The config as it is, and then with `changes`, up to the first that fits."""
     for each in itertools.chain([{}], changes(config, len(devices))):
-        try:
-            found = estimate(replace(config, **each), devices)
-            attempt = Attempt(each, found.total, found)
-        except TooLarge as error:
-            attempt = Attempt(each, error.bytes, None)
+        attempt = attempt_with(each, config, devices)
         yield attempt
         if attempt.fits:
             return
+
+
+def attempt_with(each: dict[str, dict], config: Config, devices: list[jax.Device]) -> Attempt:
+    """Compiles the config with changes, unless its state alone is too large."""
+    config, chip = replace(config, **each), find_chip(devices[0].device_kind)
+    held = share(abstract_state(config, make_mesh(config, devices)))
+    if each and chip and held > chip.memory:
+        return Attempt(each, held, None)
+    try:
+        found = estimate(config, devices)
+        return Attempt(each, found.total, found)
+    except TooLarge as error:
+        return Attempt(each, error.bytes, None)
 
 
 # What is printed

@@ -29,12 +29,19 @@ from dit.config import (
     LocalPath,
     PositiveInt,
     Probability,
+    Sampler,
     Seed,
+    check_sampler,
     check_value,
     require,
 )
 from dit.files import claim_folder
-from dit.hosts import connect_hosts, refused_together
+from dit.hosts import (
+    command_refused_together,
+    connect_hosts,
+    ended_together,
+    refused_together,
+)
 
 Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR_OR_WEIGHTS")]
 
@@ -46,11 +53,11 @@ class Sample:
     per_class: PositiveInt = 8  # images of each class
     num_samples: PositiveInt | None = None  # images of random classes instead; for .npz
     guidance: float = 1.0  # scale of classifier-free guidance; 1 is none, 4 makes typical pictures
-    sampler: Literal["ddpm", "ddim"] | None = None  # None is the run's train.sampler
+    sampler: Sampler | None = None  # ddpm or ddim, heun or euler for flow; None is the run's
     steps: PositiveInt | None = None  # denoising steps; None is the run's train.sample_steps
     eta: Probability = 0.0  # noise of DDIM, from 0 to DDPM's at 1
     cfg_channels: PositiveInt | None = None  # guide only the first channels; the paper's DiT has 3
-    guidance_interval: tuple[float, float] | None = None  # guide only at timesteps LOW <= t < HIGH
+    guidance_interval: tuple[float, float] | None = None  # guide only at times LOW <= t < HIGH
     mask: str | None = None  # picture of the layout's labels, for a model with masks
     resize_mask: bool = False  # resize a mask of another size
     style: str | None = None  # picture whose channel statistics the samples take (AdaIN)
@@ -117,7 +124,8 @@ def run(options: Sample) -> Path:
         style_strength=options.style_strength,
     )
     if out.suffix == ".npz":
-        with claimed_parts(options, step, classes) as parts:
+        distributed = options.distributed
+        with claimed_parts(options, step, classes) as parts, ended_together(distributed):
             generate.draw_npz(draw, model, vae, labels, options.batch_size, out, parts)
     elif jax.process_index() == 0:
         images = generate.draw_all(draw, model, vae, len(labels), options.batch_size)
@@ -134,21 +142,29 @@ def complete(options: Sample, config: Config) -> Sample:
     return dataclasses.replace(
         options,
         vae=options.vae or config.data.vae,
-        sampler=options.sampler or config.train.sampler,
+        sampler=options.sampler or config.sampler,
         steps=options.steps or config.train.sample_steps,
     )
 
 
 def check(options: Sample, config: Config) -> None:
     """Raises InputError for what the model of the config cannot do."""
-    timesteps, channels = config.objective.num_steps, config.input_shape[2]
-    steps, guided, interval = options.steps, options.cfg_channels, options.guidance_interval
-    require(steps <= timesteps, "--steps", steps, f"from 1 to the model's {timesteps} timesteps")
+    objective, channels = config.objective, config.input_shape[2]
+    sampler, steps, timesteps = options.sampler, options.steps, objective.num_steps
+    guided, interval = options.cfg_channels, options.guidance_interval
+    is_flow = objective.name == "flow"
+    check_sampler("--sampler", sampler, objective)
+    fits = is_flow or steps <= timesteps
+    require(fits, "--steps", steps, f"from 1 to the model's {timesteps} timesteps")
+    is_ddims = options.eta == 0 or sampler == "ddim"
+    require(is_ddims, "--eta", options.eta, f"0 with --sampler {sampler}: only ddim has it")
     require(math.isfinite(options.guidance), "--guidance", options.guidance, "a number")
     fits = guided is None or guided <= channels
     require(fits, "--cfg-channels", guided, f"from 1 to {channels}")
     rises = interval is None or interval[0] < interval[1]
     require(rises, "--guidance-interval", interval, "LOW and a HIGH above it")
+    meets_times = not is_flow or interval is None or interval[0] < 1
+    require(meets_times, "--guidance-interval", interval, "of times of flow, from 0 to 1")
 
     out, num_samples = Path(options.out), options.num_samples
     require(out.suffix in (".png", ".npz"), "--out", options.out, "a .png or .npz file")
@@ -269,4 +285,6 @@ def claimed_parts(options: Sample, step: int, classes: np.ndarray) -> Iterator[P
 if __name__ == "__main__":
     cli.use_compilation_cache()
     with cli.exit_status("sample.py"):
-        run(cli.parse(Sample, sys.argv[1:], "sample.py", __doc__))
+        with command_refused_together(cli.joins_hosts(sys.argv[1:])):
+            OPTIONS = cli.parse(Sample, sys.argv[1:], "sample.py", __doc__)
+        run(OPTIONS)

@@ -11,12 +11,22 @@ from collections.abc import Callable
 from functools import partial
 
 from dit import cli
-from dit.config import Config
+from dit.config import Config, Stopped
+from dit.hosts import (
+    AnyHost,
+    command_refused_together,
+    connect_hosts,
+    ended_together,
+    refused_together,
+    require_same,
+)
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported
+    STOP = cli.StopRequest().listen()
     cli.use_compilation_cache()
     cli.keep_freed_memory()
-    with cli.exit_status("train.py"):
+    joins = cli.joins_hosts(sys.argv[1:])
+    with cli.exit_status("train.py"), command_refused_together(joins):
         CONFIG = cli.parse_config(sys.argv[1:], "train.py", __doc__)
 
 import jax
@@ -25,7 +35,6 @@ import optax
 
 from dit import checkpoint, generate
 from dit.data import augment, batch_shapes, batches, drop_condition, open_dataset
-from dit.hosts import AnyHost, connect_hosts, refused_together, require_same
 from dit.imagenet.fid import make_evaluation
 from dit.imagenet.vae import load_vae
 from dit.log import Log, say
@@ -126,12 +135,14 @@ def describe(config: Config, state: State, num_images: int, start: int) -> None:
         say("no sample grids are drawn: --data.vae names no VAE that would decode them")
 
 
-def train(config: Config) -> State:
+def train(config: Config, stop: cli.StopRequest | None = None) -> State:
     """Trains what a config describes, or goes on training it, and returns the last state.
 
-    Raises InputError before anything is compiled or written, and Diverged.
+    Raises InputError before anything is compiled or written; Diverged; Unsaved; and Stopped for a
+    `stop` outside of the steps. Without one, it listens while it makes them.
     """
     config.validate()
+    stop = stop or cli.StopRequest()
     steps, seed = config.train.steps, config.train.seed
     distributed = config.mesh.distributed
     connect_hosts(distributed, "mesh.distributed")
@@ -146,16 +157,26 @@ def train(config: Config) -> State:
         say(f"already at step {start}: nothing to do before --train.steps {start + 1}")
         return first_state(config, mesh, start)
 
+    on_any_host = AnyHost(mesh)
+
+    def check_stop() -> None:
+        if on_any_host(stop.requested):
+            raise Stopped("stopped; the same command goes on from the newest checkpoint")
+
     with refused_together(distributed):
         vae = place(load_vae(config.data.vae), replicated(mesh)) if config.data.vae else None
-        evaluate = make_evaluation(config, vae, mesh) if config.eval.every else None
+        evaluate = make_evaluation(config, vae, mesh, check_stop) if config.eval.every else None
         has_grids = config.train.sample_every > 0 and (vae is not None or not config.data.latents)
-        draw_grid = generate.make_grid_sampler(config, vae, dataset, mesh) if has_grids else None
+        grid_of = (config, vae, dataset, mesh, check_stop)
+        draw_grid = generate.make_grid_sampler(*grid_of) if has_grids else None
+    check_stop()
     with refused_together(distributed):  # written to only now that no host has refused
-        checkpoint.prepare_workdir(config, start)
+        lock = checkpoint.prepare_workdir(config, start)
     hosts = (jax.process_index(), jax.process_count())
     stream = batches(dataset, config.train.batch_size, seed, start, *hosts)  # reads from here on
     state = first_state(config, mesh, start)
+    with refused_together(distributed):
+        checkpoint.require_room(config, state)
     describe(config, state, len(dataset.records), start)
     began = time.perf_counter()
     lowered = lower_train_step(config, mesh)
@@ -164,13 +185,16 @@ def train(config: Config) -> State:
     compiled = time.perf_counter()
     say(f"traced in {traced - began:.1f} s, compiled in {compiled - traced:.1f} s")
     flops_per_image = TRAINING_FLOPS * multiply_adds(state.model)
-    on_any_host = AnyHost(mesh)
+    unwritten = checkpoint.stored_metrics(config.workdir, start)
+    check_stop()
 
     with (
+        lock,
         contextlib.closing(stream),
         checkpoint.Checkpoints(config, dataset) as checkpoints,
-        Log(config, start, flops_per_image) as log,
-        cli.StopRequest() as stop,
+        Log(config, start, flops_per_image, unwritten) as log,
+        stop,
+        ended_together(distributed),
     ):
         for step in range(start + 1, steps + 1):
             asked = time.perf_counter()
@@ -179,26 +203,30 @@ def train(config: Config) -> State:
             state, metrics = compiled_step(state, place_batch(batch, mesh))
             log.record(step, metrics | {"data_seconds": waited})  # fetches those of the step before
 
-            evaluates = evaluate is not None and is_due(step, config.eval.every, steps)
-            logs = evaluates or is_due(step, config.train.log_every, steps)
             stops = on_any_host(stop.requested)
-            saves = stops or is_due(step, config.train.checkpoint_every, steps)
+            logs = is_due(step, config.train.log_every, steps)
+            evaluates = evaluate is not None and is_due(step, config.eval.every, steps)
             draws = draw_grid is not None and is_due(step, config.train.sample_every, steps)
-            if not (logs or saves or draws):
+            saves = is_due(step, config.train.checkpoint_every, steps)
+            saves = saves or stops or evaluates or draws  # before what takes long
+            if not (logs or saves):
                 continue
             with log.paused():  # waits for this step; what follows is not training time
-                if logs or stops:
-                    log.write(step, evaluate(state.ema) if evaluates else {})
+                if logs:
+                    log.write(step)
                 if saves:
-                    checkpoints.save(state)
+                    checkpoints.save(state, log.unwritten)
+                if stops:
+                    break
+                if evaluates:
+                    log.scores(step, evaluate(state.ema))
                 if draws:
                     log.grid(step, *draw_grid(state.ema))
-            if stops:
-                say(f"stopped at step {step}; the same command goes on from here")
-                break
+    if stops:
+        say(f"stopped at step {step}; the same command goes on from here")
     return state
 
 
 if __name__ == "__main__":
     with cli.exit_status("train.py"):
-        train(CONFIG)
+        train(CONFIG, STOP)

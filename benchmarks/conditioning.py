@@ -101,7 +101,7 @@ def measure(config: Config, samples: int, real: Gaussian) -> list[tuple[int, flo
     mesh = local_mesh()
     labels = np.arange(samples) % config.data.num_classes
     condition = generate.make_condition(labels, config)
-    sampler, steps = config.train.sampler, config.train.sample_steps
+    sampler, steps = config.sampler, config.train.sample_steps
     draw = generate.make_draw(config, mesh, condition, samples, sampler=sampler, steps=steps)
     distances = []
     for step in sorted(checkpoint.steps(config.workdir)):

@@ -2,13 +2,11 @@
 
 Reads batches as train.py does, and does nothing with them: digits and CIFAR-10 from memory, JPEGs
 of ImageNet decoded at 256x256 when they are read, and random latents in a temporary folder, of as
-many files as a batch has images. Prints medians over rounds in which the sources take turns, and
-what training takes on one H100 at 40 % of its peak. Files are in the page cache after the first
-round, so a slow disk does not show.
+many files as a batch has images. The sources take turns. Their peer is what training takes on one
+H100 at 40 % of its peak. Files are in the page cache after the first round, so a slow disk does not
+show.
 """
 
-import os
-import statistics
 import sys
 import tempfile
 import time
@@ -19,6 +17,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from table import make_row, report
 
 from dit import cli
 from dit.chips import find_chip
@@ -33,12 +32,17 @@ BATCH = 256
 NUM_LATENTS = 8192
 IMAGES_IN_A_FILE = 32
 MFU = 0.4
+FEEDS = {  # presets that train on a source
+    "CIFAR-10, in memory": ("cifar10",),
+    "latents of 256x256": ("imagenet256_s2", "imagenet256_b2"),
+}
 
 
 @dataclass(frozen=True)
 class Options:
     seconds: PositiveFloat = 5.0  # of reading, for each source and round
     rounds: PositiveInt = 3
+    json: str | None = None  # file to append the table's rows to
 
 
 # Sources
@@ -120,15 +124,15 @@ def main() -> None:
             for name, dataset in sources.items():
                 rates[name].append(rate(dataset, options.seconds))
 
-    print(f"\n{os.cpu_count()} CPU cores, batches of {BATCH}; medians, least and most of rounds")
-    print(f"{'what the input delivers':<48}{'images/s':>10}{'least':>10}{'most':>10}")
+    rows = []
     for name, measured in rates.items():
-        median = statistics.median(measured)
-        print(f"{name:<48}{median:>10,.0f}{min(measured):>10,.0f}{max(measured):>10,.0f}")
-    print(f"\n{f'what training takes at {MFU:.0%} MFU':<48}{'one H100':>10}{'eight':>10}")
-    for name, preset in [("DiT-S/2", "imagenet256_s2"), ("DiT-B/2", "imagenet256_b2")]:
-        images = demand(preset)
-        print(f"{name + ' on latents of 256x256':<48}{images:>10,.0f}{8 * images:>10,.0f}")
+        presets = FEEDS.get(name, ())
+        for preset in presets:
+            peer = f"{preset} on one H100 at {MFU:.0%} MFU"
+            rows.append(make_row("data", name, "images/s", measured, peer, [demand(preset)]))
+        if not presets:
+            rows.append(make_row("data", name, "images/s", measured))
+    report(rows, options.json)
 
 
 if __name__ == "__main__":

@@ -65,11 +65,11 @@ use_bundle() {
     --target "$scratch/site" .bundle/whl/*.whl 2>>"$OUT/log.txt" || say "the bundle is incomplete"
 }
 
-time_step() { # PRESET FLAGS ...
-  local preset=$1 flags=("${@:2}")
+time_step() { # SECONDS PRESET FLAGS ...
+  local seconds=$1 flags=(--presets "$2" --rounds 1 --json "$OUT/figures.jsonl" "${@:3}")
   # shellcheck disable=SC2206
-  flags+=($step_flags $model_flags --json "$OUT/figures.jsonl")
-  limited "$rates_until" 90 "$python" benchmarks/step.py "$preset" "${flags[@]}"
+  flags+=($step_flags $model_flags)
+  limited "$rates_until" "$seconds" "$python" benchmarks/train_step.py "${flags[@]}"
 }
 
 # shellcheck disable=SC2086
@@ -83,9 +83,8 @@ measure_rates() {
   for row in "${preset_rows[@]}"; do
     read -r preset remat <<<"$row"
     [[ $preset == imagenet256_xl2 ]] && flags=$xl2_flags || flags=""
-    time_step "$preset" $flags --model.remat "$remat"
-    time_step "$preset" $flags --framework torch.compile ||
-      time_step "$preset" $flags --framework torch
+    time_step 180 "$preset" $flags --model.remat "$remat" --modes compile ||
+      time_step 180 "$preset" $flags --model.remat "$remat" --modes eager
   done
 }
 
@@ -96,7 +95,7 @@ measure_remat() {
     read -r preset usual <<<"$row"
     [[ $preset == imagenet256_xl2 ]] && flags=$xl2_flags || flags=""
     for remat in none dots full; do
-      [[ $remat == "$usual" ]] || time_step "$preset" $flags --model.remat "$remat"
+      [[ $remat == "$usual" ]] || time_step 90 "$preset" $flags --model.remat "$remat" --peer none
     done
   done
 }

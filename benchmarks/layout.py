@@ -46,7 +46,7 @@ def train_with(embedding: type[MaskEmbedding], config: Config) -> DiT:
 
 def draw(model: DiT, config: Config, condition: dict[str, np.ndarray]) -> np.ndarray:
     """One image for each row of the condition, uint8 `[SAMPLES, 8, 8, 1]`."""
-    sampler, steps = config.train.sampler, config.train.sample_steps
+    sampler, steps = config.sampler, config.train.sample_steps
     draw_batch = generate.make_draw(
         config, local_mesh(), condition, SAMPLES, sampler=sampler, steps=steps
     )

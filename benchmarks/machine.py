@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from dit import cli
 from dit.config import PositiveInt
+from dit.linear import precision_of
 
 
 @dataclass(frozen=True)
@@ -35,19 +36,31 @@ def seconds_each(f: Callable[[jax.Array], jax.Array], x: jax.Array, repeats: int
     return (time.perf_counter() - start) / repeats
 
 
+def product_rate(size: int, dtype: str, repeats: int) -> float:
+    """FLOP/s of products of square matrices, as precise as their type."""
+    # of this scale a product has the scale of its factor
+    matrix = jax.random.normal(jax.random.key(0), (size, size), dtype) * size**-0.5
+
+    def multiply(x: jax.Array) -> jax.Array:
+        return jnp.matmul(x, matrix, precision=precision_of(dtype))
+
+    return 2 * size**3 / seconds_each(multiply, matrix + 0, repeats)
+
+
+def bandwidth(size: int, repeats: int) -> float:
+    """Bytes/s read and written of an array of `size` numbers."""
+    array = jnp.zeros(size, jnp.float32)
+    return 2 * array.nbytes / seconds_each(lambda x: x + 1, array, repeats)
+
+
 def main() -> None:
     options = cli.parse(Options, sys.argv[1:], "benchmarks/machine.py", __doc__)
     size, repeats = options.size, options.repeats
-    key = jax.random.key(0)
-    # of this scale a product has the scale of its factor
-    matrix = jax.random.normal(key, (size, size), options.dtype) * size**-0.5
-    flops = 2 * size**3 / seconds_each(lambda x: x @ matrix, matrix + 0, repeats)
-    array = jnp.zeros((8, size, size), jnp.float32)
-    num_bytes = 2 * array.nbytes  # read and written
-    bandwidth = num_bytes / seconds_each(lambda x: x + 1, array, repeats)
+    flops = product_rate(size, options.dtype, repeats)
+    bytes_per_second = bandwidth(8 * size**2, repeats)
     print(
         f"{jax.devices()[0].device_kind}: {flops / 1e12:.3g} TFLOP/s of {options.dtype} products "
-        f"of {size:,} x {size:,}, {bandwidth / 1e12:.3g} TB/s read and written"
+        f"of {size:,} x {size:,}, {bytes_per_second / 1e12:.3g} TB/s read and written"
     )
 
 

@@ -5,13 +5,9 @@ alone, for scale, and of `python train.py digits` until its first step, with no 
 the cache (cold) and with all of them (warm). Everything that it writes lies in temporary folders.
 """
 
-import importlib.metadata
-import json
 import math
 import os
-import platform
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,6 +15,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+from table import make_row, report
 
 from dit import cli
 from dit.config import PositiveInt
@@ -41,7 +39,7 @@ REFUSALS = {
 @dataclass(frozen=True)
 class Options:
     runs: PositiveInt = 3  # of each command
-    json: str | None = None  # file to write the figures to as well
+    json: str | None = None  # file to append the table's rows to
 
 
 class Start(NamedTuple):
@@ -91,33 +89,25 @@ def check_status(argv: list[str], status: int, expected: int, stderr: str) -> No
         sys.exit(f"python {command}: exit status {status}, not {expected}\n{stderr}")
 
 
-def median_start(starts: list[Start]) -> Start:
-    return Start(*(statistics.median(values) for values in zip(*starts, strict=True)))
-
-
-def measure_training(runs: int, folder: Path) -> dict[str, Start]:
-    """The cold and the warm start of training; leaves a run's folder and a filled cache."""
-    cold, warm = [], []
+def measure_training(runs: int, folder: Path) -> dict[str, list[Start]]:
+    """The cold and the warm starts of training; leaves a run's folder and a filled cache."""
+    starts = {"cold": [], "warm": []}
     for n in range(runs):
-        cache = folder / f"cache-{n}"
-        cold.append(start_training(folder / f"cold-{n}", cache))
-        warm.append(start_training(folder / f"warm-{n}", cache))
-    return {"cold": median_start(cold), "warm": median_start(warm)}
+        for name, found in starts.items():
+            found.append(start_training(folder / f"{name}-{n}", folder / f"cache-{n}"))
+    return starts
 
 
-def measure_commands(runs: int, run_folder: Path, cache: Path) -> dict[str, dict[str, float]]:
-    """The seconds of `--help` and of a refusal, for each command."""
-    table = {}
+def measure_commands(runs: int, run_folder: Path, cache: Path) -> dict[str, list[float]]:
+    """The seconds of `--help` and of a refusal for each command, and of importing jax alone."""
+    taken = {}
     for command, arguments in REFUSALS.items():
         argv = command.split()
         refused = argv + arguments.replace("RUN", str(run_folder)).split()
-        helps = [seconds([*argv, "--help"], 0, cache) for _ in range(runs)]
-        refusals = [seconds(refused, 2, cache) for _ in range(runs)]
-        table[command] = {
-            "help": statistics.median(helps),
-            "refusal": statistics.median(refusals),
-        }
-    return table
+        taken[f"{command} --help"] = [seconds([*argv, "--help"], 0, cache) for _ in range(runs)]
+        taken[f"{command} {arguments}"] = [seconds(refused, 2, cache) for _ in range(runs)]
+    taken["import jax"] = [seconds(["-c", "import jax"], 0, cache) for _ in range(runs)]
+    return taken
 
 
 def main() -> None:
@@ -125,27 +115,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         training = measure_training(options.runs, folder)
-        cache = folder / "cache-0"
-        commands = measure_commands(options.runs, folder / "cold-0", cache)
-        imports = [seconds(["-c", "import jax"], 0, cache) for _ in range(options.runs)]
-    jax_seconds = statistics.median(imports)
-    versions = f"Python {platform.python_version()}, jax {importlib.metadata.version('jax')}"
-    machine = f"{os.cpu_count()} CPU cores, {versions}"
-
-    print(f"{machine}; medians of {options.runs} runs, in seconds\n")
-    print(f"{'command':<26}{'--help':>8}{'refusal':>9}   of")
-    for command, row in commands.items():
-        print(f"{command:<26}{row['help']:>8.2f}{row['refusal']:>9.2f}   {REFUSALS[command]}")
-    print(f"{'import jax':<26}{jax_seconds:>8.2f}")
-    print(f"\n{'train.py digits':<26}{'tracing':>9}{'compiling':>11}{'to the first step':>19}")
-    for name, start in training.items():
-        stages = f"{start.tracing:>9.1f}{start.compiling:>11.1f}"
-        print(f"{name:<26}{stages}{start.first_step:>19.1f}")
-    if options.json:
-        starts = {name: start._asdict() for name, start in training.items()}
-        figures = {"machine": machine, "runs": options.runs, "commands": commands}
-        figures |= {"import jax": jax_seconds, "train.py digits": starts}
-        Path(options.json).write_text(json.dumps(figures, indent=2) + "\n")
+        commands = measure_commands(options.runs, folder / "cold-0", folder / "cache-0")
+    rows = [make_row("startup", case, "seconds", taken) for case, taken in commands.items()]
+    for name, starts in training.items():
+        for stage, taken in zip(Start._fields, zip(*starts, strict=True), strict=True):
+            case = f"train.py digits, {name}: {stage.replace('_', ' ')}"
+            rows.append(make_row("startup", case, "seconds", taken))
+    report(rows, options.json)
 
 
 if __name__ == "__main__":

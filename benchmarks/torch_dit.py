@@ -1,25 +1,35 @@
-"""A DiT's training step in PyTorch, for benchmarks/step.py to time beside ours.
+"""A DiT's training step in PyTorch, for benchmarks/train_step.py to time beside ours.
 
-Written from the paper (arXiv 2212.09748). It has our sizes, initialisation, hybrid loss, AdamW,
-clip and moving average, bfloat16 by autocast, and PyTorch's fused attention and optimizer. It
-leaves out flips, the sampling of latents, min-SNR weights and the schedule of the learning rate,
-which cost next to nothing. The equations are those of dit/ddpm.py.
+The step, around any DiT, has our hybrid loss, AdamW, clip and moving average, bfloat16 by autocast,
+and PyTorch's fused optimizer. It leaves out flips, the sampling of latents, min-SNR weights and the
+schedule of the learning rate, which cost next to nothing. The equations are those of dit/ddpm.py.
+The DiT here is written from the paper (arXiv 2212.09748), with our sizes and initialisation and
+PyTorch's fused attention.
 
 B batch, C channels, H and W height and width, p side of a patch, T tokens, D hidden size, N heads.
 """
 
 import copy
+import importlib
+import itertools
 import math
+import sys
+import time
+import types
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit.config import Config
+from dit.config import Config, require
 from dit.model import TIMESTEP_FEATURES, position_embedding
 from dit.state import make_objective
+
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Tables = dict[str, Tensor]
 
@@ -114,6 +124,68 @@ class DiT(nn.Module):
         return x.reshape(B, 2 * C, H, W)
 
 
+# Its peers
+
+
+def import_peer(peer: str) -> Callable[[Config], nn.Module]:
+    """What makes the model of a config's sizes: x `[B, C, H, W]`, t and y to `[B, 2C, H, W]`.
+
+    `peer` is torch_dit, diffusers, or FILE.py:CLASS; without a class it is DiT. Raises InputError.
+    """
+    if peer == "torch_dit":
+        return DiT
+    if peer == "diffusers":
+        # which a CPU build of torch lacks the operators for; nothing needs them here
+        stub = "torchvision._meta_registrations"
+        sys.modules.setdefault(stub, types.ModuleType(stub))
+        from diffusers import DiTTransformer2DModel
+
+        return partial(make_diffusers, DiTTransformer2DModel)
+    path, _, name = peer.partition(":")
+    sys.path.insert(0, str(Path(path).parent))  # the file may import its neighbours
+    found = vars(importlib.import_module(Path(path).stem))
+    name = name or "DiT"
+    require(name in found, "--peer", peer, f"FILE.py:CLASS, and {name} a class of {path}")
+    return partial(make_published, found[name])
+
+
+def make_diffusers(kind: Callable[..., nn.Module], config: Config) -> nn.Module:
+    (side, _, channels), sizes = config.input_shape, config.model
+    model = kind(
+        num_attention_heads=sizes.num_heads,
+        attention_head_dim=sizes.hidden_size // sizes.num_heads,
+        in_channels=channels,
+        out_channels=2 * channels,
+        num_layers=sizes.depth,
+        sample_size=side,
+        patch_size=sizes.patch_size,
+        num_embeds_ada_norm=config.data.num_classes,
+        norm_eps=1e-6,
+    )
+    model.register_forward_hook(lambda module, inputs, output: output.sample)
+    return model
+
+
+def make_published(kind: Callable[..., nn.Module], config: Config) -> nn.Module:
+    """By the arguments of the paper's own code."""
+    (side, _, channels), sizes = config.input_shape, config.model
+    return kind(
+        input_size=side,
+        patch_size=sizes.patch_size,
+        in_channels=channels,
+        hidden_size=sizes.hidden_size,
+        depth=sizes.depth,
+        num_heads=sizes.num_heads,
+        mlp_ratio=sizes.mlp_ratio,
+        class_dropout_prob=config.objective.label_dropout,
+        num_classes=config.data.num_classes,
+        learn_sigma=True,
+    )
+
+
+# The training step
+
+
 def make_tables(config: Config, device: str) -> Tables:
     ddpm = make_objective(config)
     tables = {
@@ -160,7 +232,9 @@ def negative_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Te
     return -torch.log(torch.clamp(above - below, min=1e-12))
 
 
-def make_step(config: Config, device: str, compiled: bool) -> Callable[[], Tensor]:
+def make_step(
+    config: Config, make_model: Callable[[Config], nn.Module], device: str, compiled: bool
+) -> Callable[[], Tensor]:
     """Each call takes one step on the same random batch and returns its loss.
 
     `compiled` passes the blocks through torch.compile: one compilation serves all of them.
@@ -168,12 +242,13 @@ def make_step(config: Config, device: str, compiled: bool) -> Callable[[], Tenso
     torch.manual_seed(config.train.seed)
     optim, batch_size = config.optim, config.train.batch_size
     side, _, channels = config.input_shape
-    dtype = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
-    model = DiT(config).to(device)
+    dtype = TYPES[config.train.dtype]
+    model = make_model(config).to(device).eval()  # the step drops labels, and no model by itself
     if compiled:
-        for block in model.blocks:
+        stacks = [child for child in model.children() if isinstance(child, nn.ModuleList)]
+        for block in itertools.chain(*stacks):
             block.compile()
-    parameters = list(model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ema = copy.deepcopy([parameter.detach() for parameter in parameters])
     betas = (optim.beta1, optim.beta2)
     optimizer = torch.optim.AdamW(
@@ -198,3 +273,16 @@ def make_step(config: Config, device: str, compiled: bool) -> Callable[[], Tenso
         return value.detach()
 
     return step
+
+
+def product_rate(size: int, dtype: str, repeats: int) -> float:
+    """FLOP/s of products of square matrices, as machine.py measures JAX's."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    matrix = torch.randn(size, size, device=device).to(TYPES[dtype]) * size**-0.5
+    x = matrix @ matrix
+    x[0, 0].item()  # waits
+    start = time.perf_counter()
+    for _ in range(repeats):
+        x = x @ matrix
+    x[0, 0].item()
+    return 2 * size**3 * repeats / (time.perf_counter() - start)

@@ -1,33 +1,52 @@
 """Checkpoints: state, config and data set facts together, checked before they are read.
 
-`checkpoints/STEP/` holds the items `model`, `ema`, `optimizer`, `config` and `dataset`, which Orbax
-writes in the background, and `checksums.json`: Orbax restores a flipped bit without an error. The
-config and the facts are read without jax, so jax, Orbax and the model are imported where they are
-used.
+`checkpoints/STEP/` holds the items `model`, `ema`, `optimizer`, `config`, `dataset` and `log`,
+which Orbax writes in the background, and `checksums.json`: Orbax restores a flipped bit without an
+error. The config and the facts are read without jax, so jax, Orbax and the model are imported where
+they are used.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
+import logging
 import operator
+import shutil
+import sys
+import tempfile
 import time
 import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit.config import Config, InputError, from_json, replace, require
-from dit.files import whole
+from dit.config import (
+    Config,
+    Diverged,
+    InputError,
+    Unsaved,
+    from_json,
+    one_line,
+    replace,
+    require,
+)
+from dit.files import locked, whole
+from dit.hosts import refused_together
 
 if TYPE_CHECKING:
     import jax
+    import orbax.checkpoint as ocp
 
     from dit.data import Dataset
     from dit.model import DiT
     from dit.state import State
 
 CHECKSUMS = "checksums.json"
+UNFINISHED = ".orbax-checkpoint-tmp"  # behind the name of a checkpoint that is being written
 
 
 # Which checkpoints are intact
@@ -111,6 +130,12 @@ def stored_dataset(workdir: Path, step: int) -> dict[str, Any]:
     return json.loads((step_folder(workdir, step) / "dataset/metadata").read_text())
 
 
+def stored_metrics(workdir: Path, step: int) -> dict[str, float]:
+    """What a run had added up since its last line of metrics; nothing at step 0."""
+    path = step_folder(workdir, step) / "log/metadata"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 # Which run may go on
 
 
@@ -160,22 +185,26 @@ def step_to_resume(config: Config, dataset: Dataset) -> tuple[int, list[str]]:
     return step, damaged
 
 
-def prepare_workdir(config: Config, start: int) -> None:
-    """Makes the workdir and writes config.json. Raises InputError if it cannot be written.
+def prepare_workdir(config: Config, start: int) -> contextlib.ExitStack:
+    """Makes the workdir and writes config.json; no other run can use it until the result is closed.
 
     Checkpoints after step `start` are damaged: they are renamed, so that Orbax does not see them.
+    Raises InputError if it is in use or cannot be written.
     """
     import jax
 
+    lock = contextlib.ExitStack()
     try:
         for name in ("samples", "checkpoints"):
             (config.workdir / name).mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
+            lock.enter_context(locked(config.workdir, "train.workdir"))
             (config.workdir / "config.json").write_text(config.to_json() + "\n")
             for step in steps(config.workdir):
                 if step > start:
                     folder = step_folder(config.workdir, step)
                     folder.rename(folder.with_name(f"broken-{step}-{int(time.time())}"))
+        return lock
     except OSError as error:
         raise InputError(
             f"train.workdir: {str(config.workdir)!r} should be a folder that can be written "
@@ -187,41 +216,63 @@ def prepare_workdir(config: Config, start: int) -> None:
 
 
 class Checkpoints:
-    """Saves a run's state; keeps the last `train.keep_last` and the multiples of `keep_every`."""
+    """Saves a run's state; keeps the last `train.keep_last` and the multiples of `keep_every`.
+
+    What cannot be saved is warned of, and the next is tried. A run whose last state could not be
+    saved raises Unsaved at the end.
+    """
 
     def __init__(self, config: Config, dataset: Dataset):
-        import orbax.checkpoint as ocp
-        from orbax.checkpoint import checkpoint_managers as policies
-
         self.config = config
         self.facts = dataset_facts(dataset.class_names, len(dataset.records))
         self.folder = config.workdir.resolve() / "checkpoints"
-        kept = [policies.LatestN(config.train.keep_last)]
-        if config.train.keep_every:
-            kept.append(policies.EveryNSteps(config.train.keep_every))
+        self.manager = self._make_manager()
+        self.saving = None
+        self.failure = ""  # why the last one could not be saved
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax has a traceback for each part
+
+    def _make_manager(self) -> ocp.CheckpointManager:
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint import checkpoint_managers as policies
+
+        kept = [policies.LatestN(self.config.train.keep_last)]
+        if self.config.train.keep_every:
+            kept.append(policies.EveryNSteps(self.config.train.keep_every))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
-        self.saving = None
+        return ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, kind: type | None, *exception: Any) -> None:
         """Waits for the save that is under way."""
-        self.manager.close()
+        with self._failures_noted():
+            self.manager.close()
+        if self.failure and kind is None:
+            raise Unsaved(self.failure)
 
-    def save(self, state: State) -> None:
-        """Copies the state off the devices and returns; Orbax writes it in the background."""
+    def save(self, state: State, unwritten: dict[str, float]) -> None:
+        """Copies the state off the devices and returns; Orbax writes it in the background.
+
+        `unwritten` is the log's. Raises Diverged for a state that is not finite.
+        """
+        import jax
         import orbax.checkpoint as ocp
 
         step = int(state.step)
         if step in self.manager.all_steps():
             return
-        self.manager.wait_until_finished()
-        self.saving = step
+        if not jax.jit(is_finite)(state):
+            raise Diverged(
+                f"the state after step {step} should be finite; the checkpoints in "
+                f"{str(self.folder)!r} are from before it; begin again under another --name with "
+                "a lower optim.learning_rate, or with optim.grad_clip"
+            )
+        with self._failures_noted():
+            self.manager.wait_until_finished()
         optimizer = {"step": state.step, "opt_state": state.opt_state}
         items = ocp.args.Composite(
             model=ocp.args.StandardSave(state.model),
@@ -229,16 +280,76 @@ class Checkpoints:
             optimizer=ocp.args.StandardSave(optimizer),
             config=ocp.args.JsonSave(dataclasses.asdict(self.config)),
             dataset=ocp.args.JsonSave(self.facts),
+            log=ocp.args.JsonSave(unwritten),
         )
-        self.manager.save(step, args=items)
+        self.saving = step
+        with self._failures_noted():
+            with refused_together(self.config.mesh.distributed):
+                self._make_room(num_bytes(state))
+            self.manager.save(step, args=items)
+
+    @contextlib.contextmanager
+    def _failures_noted(self) -> Iterator[None]:
+        """Says, once, why a checkpoint could not be written, and goes on without it."""
+        try:
+            yield
+        except (OSError, ValueError) as error:  # TensorStore raises ValueError for a full disk
+            reason = getattr(error, "strerror", None) or one_line(error)
+            failure = (
+                f"{self.folder}: checkpoint {self.saving} could not be saved ({reason[:120]}); the "
+                f"newest there is {max(self.manager.all_steps(), default='none')}"
+            )
+            if not self.failure:
+                print(f"warning: {failure}; the next will be tried", file=sys.stderr, flush=True)
+            self.failure = failure
+            self.manager = self._make_manager()
+
+    def _make_room(self, size: int) -> None:
+        """Removes what saves that failed have left. Raises OSError if `size` bytes do not fit."""
+        import jax
+
+        if jax.process_index() == 0:
+            for unfinished in self.folder.glob(f"*{UNFINISHED}"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+        free, needed = shutil.disk_usage(self.folder).free, 1.02 * size + 2**21  # with the rest
+        if free < needed:
+            words = f"{needed / 1e9:.3g} GB are needed and {free / 1e9:.3g} free"
+            raise OSError(errno.ENOSPC, words)
+        with tempfile.TemporaryFile(dir=self.folder) as probe:
+            probe.write(b"x")
 
     def _write_checksums(self) -> None:
         """Called by Orbax's thread when all items are written, before the folder is renamed."""
         import jax
 
-        folder = self.folder / f"{self.saving}.orbax-checkpoint-tmp"
+        self.failure = ""
+        folder = self.folder / f"{self.saving}{UNFINISHED}"
         if jax.process_index() == 0:
             (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))
+
+
+def num_bytes(tree: Any) -> int:
+    import jax
+
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def require_room(config: Config, state: State) -> None:
+    """Raises InputError unless the checkpoints that a run keeps, and one more, fit on the disk."""
+    size, count = num_bytes(state), config.train.keep_last + 1 - len(steps(config.workdir))
+    free = shutil.disk_usage(config.workdir).free
+    expected = f"smaller, or on a larger disk: a checkpoint takes {size / 1e9:.3g} GB, "
+    expected += f"{free / 1e9:.3g} GB are free"
+    require(count * size <= free, "train.keep_last", config.train.keep_last, expected)
+
+
+def is_finite(tree: Any) -> jax.Array:
+    """Whether every number of a tree is; on all devices that hold a part of it."""
+    import jax
+    import jax.numpy as jnp
+
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
 def restore(workdir: Path, step: int, target: State) -> State:
@@ -287,7 +398,10 @@ def load(
     shapes = jax.eval_shape(lambda: make_model(config, jax.random.key(0)))
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = with_shardings(shapes, jax.tree.map(lambda leaf: sharding, shapes))
-    return ocp.StandardCheckpointer().restore(item, target), config
+    model = ocp.StandardCheckpointer().restore(item, target)
+    expected = f"of finite weights, which those of checkpoint {step} are not"
+    require(jax.jit(is_finite)(model), "workdir", str(workdir), expected)
+    return model, config
 
 
 def save_weights(path: Path, model: DiT, config: Config, class_names: tuple[str, ...]) -> None:

@@ -25,6 +25,8 @@ from dit.config import (
     Config,
     Diverged,
     InputError,
+    Stopped,
+    Unsaved,
     check_fields,
     check_value,
     one_line,
@@ -129,14 +131,35 @@ def split_preset(
     raise InputError(f"preset: missing; it should come first, one of {names}, or a Python file")
 
 
+def joins_hosts(argv: list[str]) -> bool:
+    """Whether a command line, which need not be valid, is one of several hosts'."""
+    flag = re.search(r"--(?:mesh\.)?distributed(?:[= ](True|False))?", " ".join(argv))
+    if flag:
+        return flag[1] != "False"
+    with contextlib.suppress(InputError):
+        return bool(argv) and load_preset(argv[0]).mesh.distributed
+    return False
+
+
 @contextlib.contextmanager
 def exit_status(prog: str) -> Iterator[None]:
-    """Ends a command whose input is bad with status 2, and one whose run diverged with 1."""
+    """Ends a command in one line: with status 2 for bad input, 1 for a run or a disk that failed, 0
+    for a run that was told to stop, and 130 for Ctrl-C.
+    """
     try:
         yield
-    except (InputError, Diverged) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+    except InputError as error:
+        status, line = 2, str(error)
+    except (Diverged, Unsaved, OSError) as error:
+        status, line = 1, str(error)
+    except Stopped as stop:
+        status, line = 0, str(stop)
+    except KeyboardInterrupt:
+        status, line = 130, "interrupted"
+    else:
+        return
+    print(f"{prog}: {line}", file=sys.stderr)
+    sys.exit(status)
 
 
 def use_compilation_cache() -> None:
@@ -165,22 +188,36 @@ def keep_freed_memory() -> None:
 # Signals
 
 
-class StopRequest:
-    """Notes the first Ctrl-C or SIGTERM, so that a run can save and stop. A second acts as ever."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-    def __enter__(self) -> "StopRequest":
+
+class StopRequest:
+    """Notes the first Ctrl-C, SIGTERM or SIGHUP, so that a run saves and stops. A second kills it.
+
+    As a context it listens, and restores what was before at its end.
+    """
+
+    def __init__(self):
         self.requested = False
-        signals = (signal.SIGINT, signal.SIGTERM)
-        self.handlers = {number: signal.signal(number, self._note) for number in signals}
+        self.before: dict[int, Any] = {}
+
+    def listen(self) -> "StopRequest":
+        """From now on; again where a library has taken the signals."""
+        for number in SIGNALS:
+            handler = signal.getsignal(number)
+            if not self.requested and handler is not signal.SIG_IGN:  # as nohup has it
+                self.before.setdefault(number, handler)
+                signal.signal(number, self._note)
         return self
 
     def _note(self, number: int, frame: Any) -> None:
         self.requested = True
-        self._restore()
+        for number in self.before:
+            signal.signal(number, signal.SIG_DFL)
 
-    def _restore(self) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+    def __enter__(self) -> "StopRequest":
+        return self.listen()
 
     def __exit__(self, *exception: Any) -> None:
-        self._restore()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

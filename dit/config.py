@@ -7,6 +7,7 @@ text in `--help`. `Config.validate` checks every field, then the relations betwe
 import dataclasses
 import importlib.util
 import json
+import math
 import types
 import typing
 from collections.abc import Callable
@@ -42,7 +43,15 @@ class InputError(ValueError):
 
 
 class Diverged(RuntimeError):
-    """The loss or its gradient is not finite any more."""
+    """The loss, its gradient or the state of a run is not finite any more."""
+
+
+class Unsaved(RuntimeError):
+    """A run has ended whose last checkpoint could not be written."""
+
+
+class Stopped(Exception):
+    """A signal has stopped a run where it has nothing to save."""
 
 
 def require(condition: Any, name: str, value: Any, expected: str) -> None:
@@ -72,6 +81,7 @@ PositiveFloat = Annotated[float, POSITIVE]
 NonNegativeFloat = Annotated[float, NON_NEGATIVE]
 Probability = Annotated[float, Range(lambda value: 0 <= value <= 1, "a probability, from 0 to 1")]
 Decay = Annotated[float, Range(lambda value: 0 <= value < 1, "from 0 to below 1")]
+Finite = Annotated[float, Range(math.isfinite, "a finite number")]
 Seed = Annotated[int, Range(lambda value: 0 <= value < 2**32, "from 0 to 2^32 - 1")]
 Byte = Annotated[int, Range(lambda value: 0 <= value <= 255, "from 0 to 255")]
 AtLeastTwo = Annotated[int, Range(lambda value: value > 1, "more than 1")]
@@ -86,6 +96,14 @@ Workdir = Annotated[LocalPath | None, tyro.conf.arg(aliases=("--workdir",))]
 Conditioning = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
 Remat = Literal["none", "dots", "full"]
 Variance = Literal["learned_range", "fixed_small", "fixed_large"]
+Sampler = Literal["ddpm", "ddim", "euler", "heun"]
+
+# What one objective has and the other has not: samplers, the first its default, and fields
+SAMPLERS = {"ddpm": ("ddim", "ddpm"), "flow": ("heun", "euler")}
+OWN_FIELDS = {
+    "ddpm": ("num_steps", "schedule", "variance", "min_snr_gamma"),
+    "flow": ("prediction", "times", "time_mean", "time_std"),
+}
 
 
 @dataclass(frozen=True)
@@ -101,12 +119,22 @@ class Model:
 
 @dataclass(frozen=True)
 class Objective:
-    num_steps: PositiveInt = 1000  # timesteps T of the diffusion
-    schedule: Literal["linear", "cosine"] = "linear"  # noise schedule
-    variance: Variance = "learned_range"  # of the reverse process
-    min_snr_gamma: PositiveFloat | None = None  # weighs the error by min(SNR, gamma) / SNR
+    name: Literal["ddpm", "flow"] = "ddpm"  # denoising diffusion, or flow matching
+    num_steps: PositiveInt = 1000  # ddpm: timesteps T of the diffusion
+    schedule: Literal["linear", "cosine"] = "linear"  # ddpm: noise schedule
+    variance: Variance = "learned_range"  # ddpm: of the reverse process
+    min_snr_gamma: PositiveFloat | None = None  # ddpm: weighs the error by min(SNR, gamma) / SNR
+    prediction: Literal["v", "x0"] = "v"  # flow: what the network predicts; the loss is v's
+    times: Literal["logit_normal", "uniform"] = "logit_normal"  # flow: how times are drawn
+    time_mean: Finite = 0.0  # flow: of logit(t), where logit-normal; more is more noise
+    time_std: PositiveFloat = 1.0  # flow: deviation of logit(t), where logit-normal
     label_dropout: Probability = 0.1  # of the null class in place of the label, for guidance
     mask_dropout: Probability = 0.2  # of no mask where the model has one; includes label_dropout
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network has outputs for the variance too."""
+        return self.name == "ddpm" and self.variance == "learned_range"
 
 
 @dataclass(frozen=True)
@@ -151,11 +179,11 @@ class Train:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the products; parameters are float32
     log_every: PositiveInt = 100  # steps between two lines of metrics.jsonl
     sample_every: NonNegativeInt = 10_000  # steps between two sample grids; 0 draws none
-    checkpoint_every: NonNegativeInt = 10_000  # steps between two checkpoints; the last gets one
+    checkpoint_every: NonNegativeInt = 10_000  # steps between two; the last and each grid get one
     keep_last: PositiveInt = 3  # newest checkpoints kept
     keep_every: NonNegativeInt = 100_000  # checkpoints at multiples of this are kept for good
-    sampler: Literal["ddpm", "ddim"] = "ddim"  # of the sample grids
-    sample_steps: PositiveInt = 50  # denoising steps of the sample grids
+    sampler: Sampler | None = None  # of the sample grids; None is ddim, or heun for flow
+    sample_steps: PositiveInt = 50  # denoising steps of the grids; with heun two forwards each
     guidance: float = 2.0  # guidance scale of the sample grids; 1 is none
     wandb: bool = False  # log to Weights & Biases too (needs the `wandb` extra)
     workdir: Workdir = None  # where the run is kept; None is runs/NAME
@@ -194,10 +222,16 @@ class Config:
             return side, side, LATENT_CHANNELS
         return self.data.image_size, self.data.image_size, self.data.channels
 
+    @property
+    def sampler(self) -> str:
+        """Of the run: train.sampler, or the objective's default."""
+        return self.train.sampler or SAMPLERS[self.objective.name][0]
+
     def validate(self) -> "Config":
         """Returns itself. Raises InputError for the first field that cannot be."""
         check_fields(self)
         check_model(self)
+        check_objective(self)
         check_masks(self)
         check_evaluation(self)
         check_run(self)
@@ -276,6 +310,29 @@ def check_model(config: Config) -> None:
     require(size % unit == 0, "data.image_size", size, f"a multiple of {factors}")
 
 
+def check_objective(config: Config) -> None:
+    objective, sampler, steps = config.objective, config.sampler, config.train.sample_steps
+    other = "flow" if objective.name == "ddpm" else "ddpm"
+    for name in OWN_FIELDS[other]:
+        value, default = getattr(objective, name), getattr(Objective, name)
+        expected = f"left at {default!r}: it is {other}'s, and objective.name is {objective.name}"
+        require(value == default, f"objective.{name}", value, expected)
+    check_sampler("train.sampler", sampler, objective)
+    if objective.name == "flow":
+        return
+    timesteps = objective.num_steps
+    long_enough = objective.schedule == "cosine" or timesteps > 20
+    require(long_enough, "objective.num_steps", timesteps, "more than 20 with the linear schedule")
+    few = f"at most objective.num_steps = {timesteps}"
+    require(steps <= timesteps, "train.sample_steps", steps, few)
+
+
+def check_sampler(name: str, sampler: str, objective: Objective) -> None:
+    samplers = SAMPLERS[objective.name]
+    expected = f"{' or '.join(samplers)}: objective.name is {objective.name}"
+    require(sampler in samplers, name, sampler, expected)
+
+
 def check_masks(config: Config) -> None:
     masks, conditioning = config.data.mask_classes, config.model.conditioning
     mask_dropout, label_dropout = config.objective.mask_dropout, config.objective.label_dropout
@@ -300,13 +357,9 @@ def check_evaluation(config: Config) -> None:
 
 
 def check_run(config: Config) -> None:
-    objective, train, parts = config.objective, config.train, config.optim.accumulate
-    timesteps, batch_size = objective.num_steps, train.batch_size
-    long_enough = objective.schedule == "cosine" or timesteps > 20
-    require(long_enough, "objective.num_steps", timesteps, "more than 20 with the linear schedule")
+    train, parts = config.train, config.optim.accumulate
+    batch_size = train.batch_size
     divides = batch_size % parts == 0
     require(divides, "train.batch_size", batch_size, f"a multiple of optim.accumulate = {parts}")
-    few = f"at most objective.num_steps = {timesteps}"
-    require(train.sample_steps <= timesteps, "train.sample_steps", train.sample_steps, few)
     installed = importlib.util.find_spec("wandb") is not None
     require(installed or not train.wandb, "train.wandb", True, "False, or wandb be installed")

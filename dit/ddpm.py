@@ -58,6 +58,19 @@ def at(table: np.ndarray, t: jax.Array, ndim: int = 4) -> jax.Array:
     return jnp.asarray(table, jnp.float32)[t].reshape(-1, *[1] * (ndim - 1))
 
 
+def times_and_noise(
+    key: jax.Array, x: jax.Array, draw_time: Callable[[jax.Array], jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """A time, drawn from a key of its own, and noise for each sample of x: `[B]`, `[B, H, W, C]`.
+
+    `key` is one key for the batch, or one a sample `[B]`.
+    """
+    keys = jax.random.split(key, len(x)) if key.ndim == 0 else key
+    t_keys, noise_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+    noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(noise_keys)
+    return jax.vmap(draw_time)(t_keys), noise
+
+
 def split_output(model_output: jax.Array, channels: int) -> tuple[jax.Array, jax.Array | None]:
     """The network's eps and, where it has learned the variance, its v; `[B, H, W, C]` each."""
     if model_output.shape[-1] == channels:
@@ -71,6 +84,8 @@ class DDPM:
     The tables are float64 `[len(timesteps)]`. `variance` is `learned_range` (4), `fixed_small` (the
     posterior's) or `fixed_large` (beta_t).
     """
+
+    time_scale = 1  # the network is given the timesteps as they are
 
     def __init__(
         self,
@@ -179,10 +194,11 @@ class DDPM:
 
         `key` is one key for the batch, or one a sample `[B]`.
         """
-        keys = jax.random.split(key, len(x)) if key.ndim == 0 else key
-        t_keys, noise_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
-        t = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(self.timesteps)))(t_keys)
-        noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(noise_keys)
+
+        def draw_time(key: jax.Array) -> jax.Array:
+            return jax.random.randint(key, (), 0, len(self.timesteps))
+
+        t, noise = times_and_noise(key, x, draw_time)
         xt = self.q_sample(x, t, noise)
         model_output = model(xt, self.original_timesteps(t), **condition)
         mse, vb = self.losses(model_output, x, xt, t, noise)

@@ -1,8 +1,11 @@
 """Files and folders that are written whole or not at all, and folders that one request resumes."""
 
 import contextlib
+import fcntl
 import json
+import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +20,26 @@ def whole(path: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished)
     yield unfinished
     unfinished.rename(path)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, option: str) -> Iterator[None]:
+    """Holds the folder's `.lock`, as one process at a time can; one that ends sets it free.
+
+    Raises InputError, naming `option` and the process that holds it.
+    """
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise InputError(
+                f"{option}: {str(folder)!r} should be used by one run at a time, and is by "
+                f"{file.read()}"
+            ) from error
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, end="", flush=True)
+        yield
 
 
 def claim_folder(folder: Path, request: dict, option: str) -> None:

@@ -23,9 +23,11 @@ from dit.state import make_objective
 
 VAE_PIXELS = 2**19  # that the VAE decodes or encodes at a time on a device: 8 images of 256x256
 GRID_COLUMNS = 8
+GRID_BATCH = 16  # images of a grid at a time: a stop waits for no more
 LABEL_TAG = 2**30  # folded into a sample's key for its label; the samplers fold in timesteps
 
 Draw = Callable[[DiT, Any, int], np.ndarray]
+Check = Callable[[], None]
 
 
 # What to draw
@@ -95,7 +97,16 @@ def make_sampler(
     its own, and so has no style.
     """
     process = make_objective(config)
-    run = sampling.ddpm if sampler == "ddpm" else partial(sampling.ddim, eta=eta)
+    samplers = {
+        "ddpm": sampling.ddpm,
+        "ddim": partial(sampling.ddim, eta=eta),
+        "euler": sampling.euler,
+        "heun": sampling.heun,
+    }
+    run = samplers[sampler]
+    if guidance_interval is not None:  # in the network's time
+        low, high = guidance_interval
+        guidance_interval = (process.time_scale * low, process.time_scale * high)
 
     @partial(jax.jit, out_shardings=replicated(mesh))
     def sample(
@@ -142,7 +153,8 @@ def make_draw(
     It draws the samples first .. first + n - 1 of the N that `condition` describes, where n is
     `batch_size`, or fewer at the end. Sample i is a function of (seed, i), whatever the batch and
     the number of devices. vae is None for pixels. style: pixels or latents `[1, h, w, C]`, whose
-    channel means and deviations each prediction of x_0 takes.
+    channel means and deviations each prediction of x_0 takes. guidance_interval is in the
+    objective's own time.
     """
     num_samples = len(condition["y"])
     batch_size = min(batch_size, num_samples)
@@ -175,25 +187,38 @@ def num_vae_parts(num_images: int, image_size: int, devices: int) -> int:
 
 
 def make_grid_sampler(
-    config: Config, vae: Any, dataset: Dataset, mesh: jax.sharding.Mesh
+    config: Config,
+    vae: Any,
+    dataset: Dataset,
+    mesh: jax.sharding.Mesh,
+    check_stop: Check = lambda: None,
 ) -> Callable[[DiT], tuple[np.ndarray, list[str]]]:
-    """The function (model) -> uint8 `[rows * 8, H, W, C]` from fixed noise, and the rows' names."""
+    """The function (model) -> uint8 `[rows * 8, H, W, C]` from fixed noise, and the rows' names.
+
+    It is drawn in batches, with `check_stop` before each.
+    """
     train = config.train
     classes = spread_classes(config.data.num_classes)
     labels = np.repeat(classes, GRID_COLUMNS)
     masks = example_masks(dataset, labels) if config.data.mask_classes else None
+    batch_size = max(GRID_BATCH, mesh.devices.size)
     draw = make_draw(
         config,
         mesh,
         make_condition(labels, config, masks),
-        len(labels),
-        sampler=train.sampler,
+        batch_size,
+        sampler=config.sampler,
         steps=train.sample_steps,
         guidance=train.guidance,
         seed=train.seed,
     )
     names = short_names(classes, dataset.class_names)
-    return lambda model: (draw(model, vae, 0), names)
+
+    def draw_grid(model: DiT) -> tuple[np.ndarray, list[str]]:
+        batches = draw_batches(draw, model, vae, len(labels), batch_size, check_stop)
+        return np.concatenate(list(batches)), names
+
+    return draw_grid
 
 
 def short_names(classes: Iterable[int], class_names: tuple[str, ...]) -> list[str]:
@@ -202,10 +227,16 @@ def short_names(classes: Iterable[int], class_names: tuple[str, ...]) -> list[st
 
 
 def draw_batches(
-    draw: Draw, model: DiT, vae: Any, num_samples: int, batch_size: int
+    draw: Draw,
+    model: DiT,
+    vae: Any,
+    num_samples: int,
+    batch_size: int,
+    check_stop: Check = lambda: None,
 ) -> Iterator[np.ndarray]:
-    """All samples, a batch at a time: uint8 `[n, H, W, C]`."""
+    """All samples, a batch at a time: uint8 `[n, H, W, C]`. `check_stop` can raise between them."""
     for first in range(0, num_samples, batch_size):
+        check_stop()
         yield draw(model, vae, first)
 
 

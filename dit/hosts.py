@@ -1,23 +1,28 @@
-"""Several hosts that act as one: they join, refuse bad input together, and stop together.
+"""Several hosts that act as one: they join, refuse bad input together, and end together.
 
-jax is imported where it is used, since sample.py answers bad input without it.
+jax is imported where it is used, since the commands answer bad input without it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dit.config import InputError, one_line
+from dit.config import Diverged, InputError, Stopped, one_line
 
 if TYPE_CHECKING:
     import jax
 
 MAX_REASON = 4096  # bytes of a refusal's line that the other hosts see
+REASONS = "why_a_host_ended/"  # what the coordinator keeps them under
 
 
 def connect_hosts(distributed: bool, name: str) -> None:
@@ -48,6 +53,15 @@ def gather_texts(text: str) -> list[str]:
     return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
+def reason_of(error: Exception) -> str:
+    """One line for the other hosts."""
+    return (
+        str(error)
+        if isinstance(error, InputError)
+        else f"{type(error).__name__}: {one_line(error)}"
+    )
+
+
 @contextlib.contextmanager
 def refused_together(distributed: bool) -> Iterator[None]:
     """Raises what one host raises in the block on all of them, at the block's end.
@@ -61,17 +75,70 @@ def refused_together(distributed: bool) -> Iterator[None]:
     fault = None
     try:
         yield
-    except InputError as error:
-        reason = str(error)
     except Exception as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        fault = error
+        reason = reason_of(error)
+        fault = None if isinstance(error, InputError) else error
     reasons = gather_texts(reason)
     if fault is not None:
         raise fault  # with its traceback, on this host
     for host, reason in enumerate(reasons):
         if reason:
             raise InputError(f"host {host}: {reason}")
+
+
+@contextlib.contextmanager
+def command_refused_together(distributed: bool) -> Iterator[None]:
+    """Has the other hosts refuse what this one does, before it has joined them, in the block.
+
+    They wait for it to join, and then in the first `refused_together` of their own.
+    """
+    try:
+        yield
+    except InputError:
+        if not distributed:
+            raise
+        connect_hosts(True, "distributed")
+        with refused_together(True):
+            raise
+
+
+@contextlib.contextmanager
+def ended_together(distributed: bool) -> Iterator[None]:
+    """Ends all hosts where one fails in the block, in which they may wait for each other.
+
+    The one that fails leaves its reason with the coordinator. The others look there every second,
+    say it and exit with status 2: a host that waits for another in a program cannot be told.
+    """
+    if not distributed:
+        yield
+        return
+    import jax
+    from jax._src.distributed import global_state  # as Orbax does it
+
+    coordinator = global_state.client
+    left = threading.Event()
+
+    def watch() -> None:
+        while not left.wait(1.0):
+            for key, reason in coordinator.key_value_dir_get(REASONS):
+                host = key.removeprefix(REASONS)
+                print(f"{Path(sys.argv[0]).name}: host {host}: {reason}", file=sys.stderr)
+                jax.distributed.shutdown()  # in which the one that fails waits for the others
+                os._exit(2)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    except (Diverged, Stopped):  # as they all have
+        raise
+    except Exception as error:
+        left.set()
+        coordinator.key_value_set(f"{REASONS}{jax.process_index()}", reason_of(error))
+        raise
+    finally:
+        left.set()
+        watcher.join()
 
 
 def require_same(distributed: bool, name: str, value: str, found: str) -> None:

@@ -24,6 +24,7 @@ from dit.config import Config, Diverged
 from dit.images import save_grid
 
 Metrics = dict[str, float]
+Sums = dict[str, float]
 
 
 def say(text: str) -> None:
@@ -117,15 +118,18 @@ class Clock:
 
 
 class Log:
-    """The metrics of a run, from step `start` on: fetched, checked, averaged and written."""
+    """The metrics of a run, from step `start` on: fetched, checked, averaged and written.
 
-    def __init__(self, config: Config, start: int, flops_per_image: float):
+    `unwritten` is what the run had added up since its last line when it was saved.
+    """
+
+    def __init__(self, config: Config, start: int, flops_per_image: float, unwritten: Sums):
         self.config = config
         self.clock = Clock(flops_per_image)
         self.progress = Progress(config.train.steps, "step", start, sys.stdout)
         self.rates = ""
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self.fetched: list[Metrics] = []
+        self.unwritten = dict(unwritten)  # sums since the last line; "steps" is their number
         self.writers = Writers(config, start) if jax.process_index() == 0 else None
 
     def __enter__(self) -> "Log":
@@ -155,7 +159,8 @@ class Log:
                     "begin again under another --name with a lower optim.learning_rate, or with "
                     "optim.grad_clip"
                 )
-            self.fetched.append(values)
+            for name, value in {"steps": 1, **values}.items():
+                self.unwritten[name] = self.unwritten.get(name, 0) + value
             self.progress.advance(1, f"loss {loss:.4f}  {self.rates}".rstrip())
         self.pending.clear()
 
@@ -167,20 +172,23 @@ class Log:
         yield
         self.clock.start()
 
-    def write(self, step: int, scores: Metrics) -> None:
-        """Writes the means of the metrics since the last call, the rates, and more scores."""
-        means = {
-            name: float(np.mean([values[name] for values in self.fetched]))
-            for name in self.fetched[0]
-        }
-        self.fetched.clear()
+    def write(self, step: int) -> None:
+        """Writes the means of the metrics since the last call, and the rates."""
+        steps = self.unwritten.pop("steps")
+        means = {name: total / steps for name, total in self.unwritten.items()}
+        self.unwritten.clear()
         reading = self.clock.read()
         images, tflops = reading["images_per_second"], reading["tflops_per_second"]
         self.rates = f"{images:,.0f} images/s  {tflops:.3g} TFLOP/s"
         if "mfu" in reading:
             self.rates += f"  MFU {reading['mfu']:.1%}"
         if self.writers:
-            self.writers.metrics(step, means | reading | scores)
+            self.writers.metrics(step, means | reading)
+
+    def scores(self, step: int, scores: Metrics) -> None:
+        """Writes the scores of an evaluation."""
+        if self.writers:
+            self.writers.metrics(step, scores)
 
     def grid(self, step: int, images: np.ndarray, row_names: list[str]) -> None:
         """Writes a sample grid of uint8 `[rows * columns, H, W, C]` to `samples/`."""
@@ -189,40 +197,69 @@ class Log:
 
 
 class Writers:
-    """The files of process 0: JSON lines, TensorBoard and, on request, Weights & Biases."""
+    """The files of process 0: JSON lines, TensorBoard and, on request, Weights & Biases.
+
+    What a disk does not take is left out, and warned of once.
+    """
 
     def __init__(self, config: Config, start: int):
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
 
         self.workdir = config.workdir
         drop_metrics_after(self.workdir / "metrics.jsonl", start)
         self.jsonl = (self.workdir / "metrics.jsonl").open("a", buffering=1)
-        self.board = SummaryWriter(str(self.workdir), purge_step=start + 1)
+        # not SummaryWriter, whose thread ends where a write fails: then it waits for ever
+        self.board = EventsWriter(str(self.workdir / "events"))
+        self.event(start + 1, session_log=SessionLog(status=SessionLog.START))  # hides later ones
         self.wandb = start_wandb(config) if config.train.wandb else None
+        self.failed = False
+
+    def event(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self.board.write_event(Event(step=step, wall_time=time.time(), **content))
+        self.board.flush()
+
+    @contextlib.contextmanager
+    def failures_noted(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self.failed:
+                say(f"warning: {self.workdir}: metrics or pictures are not written ({error})")
+            self.failed = True
 
     def metrics(self, step: int, values: Metrics) -> None:
-        self.jsonl.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+        from tensorboardX import summary
+
+        with self.failures_noted():
+            self.jsonl.write(json.dumps({"step": step, **values}) + "\n")
+            for name, value in values.items():
+                self.event(step, summary=summary.scalar(name, value))
         if self.wandb:
             self.wandb.log(values, step=step)
 
     def grid(self, step: int, images: np.ndarray, row_names: list[str]) -> None:
         from PIL import Image
+        from tensorboardX import summary
 
         path = self.workdir / "samples" / f"{step:07d}.png"
-        save_grid(path, images, row_names)
-        sheet = Image.open(path)
-        self.board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
-        if self.wandb:
-            import wandb
+        with self.failures_noted():
+            save_grid(path, images, row_names)
+            sheet = Image.open(path)
+            image = summary.image("samples", np.asarray(sheet), dataformats="HWC")
+            self.event(step, summary=image)
+            if self.wandb:
+                import wandb
 
-            self.wandb.log({"samples": wandb.Image(sheet)}, step=step)
+                self.wandb.log({"samples": wandb.Image(sheet)}, step=step)
 
     def close(self) -> None:
-        self.board.close()
-        self.jsonl.close()
-        plot_loss(self.workdir)
+        with self.failures_noted():
+            self.board.close()
+            self.jsonl.close()
+            plot_loss(self.workdir)
         if self.wandb:
             self.wandb.finish()
 
@@ -244,18 +281,25 @@ def start_wandb(config: Config) -> Any:
 
 def drop_metrics_after(path: Path, step: int) -> None:
     """Drops metrics logged after `step`: a resumed run will log them again."""
-    if not path.exists():
-        return
-    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-    kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
-    path.write_text("".join(kept))
+    if path.exists():
+        kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step]
+        path.write_text("".join(kept))
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of `metrics.jsonl`, without those that were written in part."""
+    rows = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def plot_loss(workdir: Path) -> None:
-    """`loss.png` from `metrics.jsonl`: the loss and its two parts against the step."""
+    """`loss.png` from `metrics.jsonl`: the loss and its parts, if any, against the step."""
     from matplotlib.figure import Figure
 
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in read_metrics(workdir / "metrics.jsonl") if "loss" in row]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     labels = {
@@ -265,7 +309,8 @@ def plot_loss(workdir: Path) -> None:
     }
     steps = [row["step"] for row in rows]
     for name, label in labels.items():
-        axes.plot(steps, [row[name] for row in rows], label=label, linewidth=1)
+        if all(name in row for row in rows):  # only DDPM's loss has parts
+            axes.plot(steps, [row[name] for row in rows], label=label, linewidth=1)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -117,7 +117,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     if fits_cudnn and has_cudnn_attention():
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     B, T, N, _ = q.shape
-    # [B N, T or S, D / N]: one axis, or XLA has the products take their factors as they lay
+    # [B N, T or S, D / N]. Over two axes XLA would undo the swap, and a CPU compute in float32.
     q, k, v = (a.swapaxes(1, 2).reshape(B * N, -1, head_dim) for a in (q, k, v))
     logits = multiply("btd,bsd->bts", q, k, q.dtype, jnp.float32)
     weights = jax.nn.softmax(logits * head_dim**-0.5, axis=-1)
@@ -286,12 +286,12 @@ REMAT = {
 class DiT(nnx.Module):
     """The Diffusion Transformer.
 
-    `model(x, t, y, mask=None)`: x `[B, H, W, C]`; t `[B]`, or `[1]` for all of x, 0 .. 999, may be
+    `model(x, t, y, mask=None)`: x `[B, H, W, C]`; t `[B]`, or `[1]` for all of x, 0 .. 1000, may be
     fractional; y `[B]` int, `num_classes` is the null class; with `mask_classes`, mask `[B, H, W]`
     int, `mask_classes` is the null mask. Returns float32 `[B, H, W, 2C]`, the noise and then the
-    variance logits, or `[B, H, W, C]` without `learn_sigma`. `dtype` is the type of the products
-    inside the blocks; the residual stream, norms, GELU and softmax are float32, as is all before
-    and behind the blocks.
+    variance logits, or `[B, H, W, C]` without `learn_sigma`: the noise, or what flow predicts.
+    `dtype` is the type of the products inside the blocks; the residual stream, norms, GELU and
+    softmax are float32, as is all before and behind the blocks.
     """
 
     def __init__(

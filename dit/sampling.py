@@ -1,13 +1,16 @@
 """Samplers, as free functions over a denoising function, and guidance.
 
-`denoise(x, t)` takes x `[B, H, W, C]` and the original timestep t `[1]` that all of x is at, and
-returns what a network does. Each sampler is one `lax.scan` from pure noise to an image, to be
-called under one `jit`. Everything random in sample i comes from keys[i].
+`denoise(x, t)` takes x `[B, H, W, C]` and the network's t `[1]`, DDPM's original timestep or 1000
+times flow's time, which all of x is at, and returns what the network does. Each sampler is one
+`lax.scan` from pure noise to an image, to be called under one `jit`. Everything random in sample i
+comes from keys[i].
 
     DDPM (Ho et al., 2006.11239): x_{t-1} ~ p(x_{t-1} | x_t)
     DDIM (Song et al., 2010.02502, Eq. 12):
         x_{t-1} = sqrt(abar_{t-1}) x_0 + sqrt(1 - abar_{t-1} - sigma^2) eps + sigma noise,
         sigma = eta sqrt((1 - abar_{t-1}) / (1 - abar_t)) sqrt(1 - abar_t / abar_{t-1})
+    Euler: x_s = x_t + (s - t) v(x_t, t), from t = 1 to 0 in equal steps, each from t to s
+    Heun: x_s = x_t + (s - t) (v(x_t, t) + v(z, s)) / 2, where z is Euler's x_s
     guidance (Ho & Salimans, 2207.12598): eps = eps(null) + scale (eps(y) - eps(null)),
         within an interval of the noise level (Kynkaanniemi et al., 2404.07724)
 """
@@ -19,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit.ddpm import DDPM, at, split_output
+from dit.flow import Flow
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 Correction = Callable[[jax.Array], jax.Array] | None  # of each prediction of x_0
@@ -41,7 +45,7 @@ def guided(
 
     scale: None is the conditional model, at half the cost.
     cfg_channels: guide only the first channels (3 is the published DiT's behaviour); None is all.
-    interval: guide only at original timesteps in [low, high), and save the cost of the others; None
+    interval: guide only where the network's t is in [low, high), elsewhere at half the cost; None
     guides always. The variance is the conditional half's.
     """
 
@@ -139,3 +143,60 @@ def ddim(
     start = sample_noise(keys, process.num_steps, shape)
     x, _ = jax.lax.scan(step, start, jnp.arange(num_steps)[::-1])
     return x
+
+
+def flow_velocity(
+    flow: Flow, denoise: Denoise, correct: Correction
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The function (x, t), t a scalar, -> v `[B, H, W, C]`."""
+
+    def velocity(x: jax.Array, t: jax.Array) -> jax.Array:
+        times = t[None]
+        return flow.velocity(denoise(x, flow.time_scale * times), x, times, correct)
+
+    return velocity
+
+
+def euler(
+    flow: Flow,
+    denoise: Denoise,
+    keys: jax.Array,
+    shape: tuple[int, int, int],
+    num_steps: int,
+    correct: Correction = None,
+) -> jax.Array:
+    """Samples `[B, *shape]` by Euler's method, of order 1: `num_steps` forwards."""
+    velocity = flow_velocity(flow, denoise, correct)
+
+    def step(x: jax.Array, ends: jax.Array) -> tuple[jax.Array, None]:
+        t, s = ends
+        return x + (s - t) * velocity(x, t), None
+
+    x, _ = jax.lax.scan(step, sample_noise(keys, 1, shape), flow.steps(num_steps))
+    return x
+
+
+def heun(
+    flow: Flow,
+    denoise: Denoise,
+    keys: jax.Array,
+    shape: tuple[int, int, int],
+    num_steps: int,
+    correct: Correction = None,
+) -> jax.Array:
+    """Samples `[B, *shape]` by Heun's method, of order 2: `2 num_steps - 1` forwards.
+
+    The last step is Euler's, since a prediction of x_0 gives no velocity at t = 0.
+    """
+    velocity = flow_velocity(flow, denoise, correct)
+
+    def step(x: jax.Array, ends: jax.Array) -> tuple[jax.Array, None]:
+        t, s = ends
+        slope = velocity(x, t)
+        slope_ahead = velocity(x + (s - t) * slope, s)
+        return x + (s - t) * (slope + slope_ahead) / 2, None
+
+    steps = flow.steps(num_steps)
+    x, _ = jax.lax.scan(step, sample_noise(keys, 1, shape), steps[:-1])
+    t, s = steps[-1]
+    return x + (s - t) * velocity(x, t)

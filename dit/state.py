@@ -11,6 +11,7 @@ from flax import nnx
 
 from dit.config import Config, Optim
 from dit.ddpm import DDPM
+from dit.flow import Flow
 from dit.model import DiT
 from dit.sharding import shardings
 
@@ -42,7 +43,7 @@ def make_model(config: Config, key: jax.Array) -> DiT:
         num_heads=model.num_heads,
         num_classes=config.data.num_classes,
         mlp_ratio=model.mlp_ratio,
-        learn_sigma=config.objective.variance == "learned_range",
+        learn_sigma=config.objective.learns_variance,
         conditioning=model.conditioning,
         mask_classes=config.data.mask_classes,
         dtype=jnp.dtype(config.train.dtype),
@@ -51,8 +52,10 @@ def make_model(config: Config, key: jax.Array) -> DiT:
     )
 
 
-def make_objective(config: Config) -> DDPM:
+def make_objective(config: Config) -> DDPM | Flow:
     objective = config.objective
+    if objective.name == "flow":
+        return Flow(objective.prediction, objective.times, objective.time_mean, objective.time_std)
     return DDPM(
         objective.num_steps, objective.schedule, objective.variance, objective.min_snr_gamma
     )

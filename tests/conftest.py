@@ -37,6 +37,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 TINY = """digits --model.hidden-size 20 --model.depth 2 --model.num-heads 5 --train.batch-size 16
     --train.log-every 1 --train.sample-every 0 --train.sample-steps 3 --objective.num-steps 101
     --optim.schedule constant""".split()
+TINY_FLOW = """digits_flow --model.hidden-size 20 --model.depth 2 --model.num-heads 5
+    --train.batch-size 16 --train.log-every 1 --train.sample-every 0 --train.sample-steps 3
+    --optim.schedule constant""".split()
 
 
 def pytest_collection_modifyitems(items):
@@ -110,13 +113,14 @@ def tiny_config(**sections) -> Config:
 def show_condition(config: Config, brightness: Callable) -> jax.tree_util.Partial:
     """In place of a model: one whose images show their condition, as brightness(y=..., mask=...).
 
-    For configs of a fixed variance. Brightness is `[B, H, W, C]` in [-1, 1], or broadcasts to it.
+    For configs of a fixed variance, or of flow that predicts x0. Brightness is `[B, H, W, C]` in
+    [-1, 1], or broadcasts to it.
     """
     process = make_objective(config)
 
     def predict(x, t, **condition):
         x0 = jnp.broadcast_to(brightness(**condition), x.shape)
-        return process.pred_eps(x0, x, t)
+        return x0 if config.objective.name == "flow" else process.pred_eps(x0, x, t)
 
     return jax.tree_util.Partial(predict)
 

@@ -117,19 +117,13 @@ def answer(command, *args) -> list:
 def two(folder: Path) -> dict:
     """Two hosts of 4 devices: runs on 4 and on 2, samples, latents; and what one host refuses."""
     run, rank = folder / "run", jax.process_index()
-    with pytest.MonkeyPatch.context() as patch:
-        stand_in_for_inception(patch)
-        reference = write_reference(folder / f"reference-{rank}.npz")
-        state = train_on(4, config_of(run, 3, fsdp=4, eval=dict(every=3, reference=reference)))
+    state = train_and_evaluate(4, folder, run, 3)
     save_arrays(folder / "run.npz", state)
     train_on(2, config_of(folder / "two by two", 2, fsdp=2))
-
-    out = str(folder / "samples.npz")
-    sample.run(sample.Sample(str(run), num_samples=19, batch_size=8, distributed=True, out=out))
     if rank == 0:
         conftest.write_vae(folder / "vae")
     multihost_utils.sync_global_devices("the VAE is written")
-    encode_photographs(folder / "vae", folder / "latents", "--distributed")
+    sample_and_encode(folder, run, "of two")
     answers = refusals(folder, run)
     made = sorted(path.name for path in folder.glob("new*"))
     return {"refusals": answers, "made": made}
@@ -166,7 +160,7 @@ def refusals(folder: Path, run: Path) -> dict:
         "samples of no checkpoint": of_sample(1, workdir=str(folder)),
         "samples in no style": of_sample(0, style="nowhere.png"),
         "latents of no VAE": of_latents(1, "--vae", "nowhere"),
-        "latents of other options": of_latents(0, "--size", "40", out=folder / "latents"),
+        "latents of other options": of_latents(0, "--size", "40", out=folder / "latents of two"),
     }
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
@@ -175,9 +169,25 @@ def refusals(folder: Path, run: Path) -> dict:
     return answers
 
 
+def train_and_evaluate(devices: int, folder: Path, workdir: Path, steps: int) -> train.State:
+    """Trains with FSDP, with scores of every step."""
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in_for_inception(patch)
+        reference = write_reference(folder / f"reference-{jax.process_index()}.npz")
+        scores = dict(every=1, reference=reference)
+        return train_on(devices, config_of(workdir, steps, fsdp=4, eval=scores))
+
+
+def sample_and_encode(folder: Path, run: Path, whose: str) -> None:
+    """Samples of a run, and latents by the VAE in the folder."""
+    out = str(folder / f"samples {whose}.npz")
+    sample.run(sample.Sample(str(run), num_samples=19, batch_size=8, distributed=True, out=out))
+    encode_photographs(folder / "vae", folder / f"latents {whose}", "--distributed")
+
+
 def four(folder: Path) -> dict:
     """Four hosts go on with the run of two, until one of them gets a Ctrl-C, and then on 2 devices
-    each for one step more.
+    each for one step more. They sample the run of two as it was, and encode.
     """
     run, rank = folder / "longer", jax.process_index()
     if rank == 0:
@@ -196,7 +206,8 @@ def four(folder: Path) -> dict:
     if rank == 0:
         shutil.copytree(run, folder / "four by two")
     multihost_utils.sync_global_devices("the run is copied again")
-    train_on(2, config_of(folder / "four by two", stopped + 1, fsdp=4))
+    train_and_evaluate(2, folder, folder / "four by two", stopped + 1)
+    sample_and_encode(folder, folder / "run", "of four")
     return {"restored": is_same, "stopped": stopped}
 
 

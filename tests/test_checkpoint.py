@@ -1,6 +1,9 @@
 import dataclasses
 import json
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -43,7 +46,7 @@ def at_step(state: State, step: int) -> State:
 def save(config: Config, state: State, steps: list[int]) -> None:
     with checkpoint.Checkpoints(config, open_dataset(config.data)) as checkpoints:
         for step in steps:
-            checkpoints.save(at_step(state, step))
+            checkpoints.save(at_step(state, step), {})
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,9 @@ def copy(saved, tmp_path) -> tuple[Path, Config]:
     workdir = tmp_path / "copy"
     shutil.copytree(saved[0], workdir)
     return workdir, run_config(workdir)
+
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def folder(workdir: Path, step: int) -> Path:
@@ -109,7 +115,7 @@ def test_a_state_can_be_restored_to_other_devices(saved):
 def test_a_checkpoint_holds_the_config_and_the_facts_of_the_data(saved):
     workdir, config, _ = saved
     items = {path.name for path in folder(workdir, 20).iterdir() if path.is_dir()}
-    assert items == {"model", "ema", "optimizer", "config", "dataset"}
+    assert items == {"model", "ema", "optimizer", "config", "dataset", "log"}
     assert checkpoint.stored_config(workdir, 20) == config
     facts = {"class_names": list("0123456789"), "num_examples": 1797}
     assert checkpoint.stored_dataset(workdir, 20) == facts
@@ -363,6 +369,16 @@ def test_load_puts_the_parameters_where_and_for_what_type_it_is_told(saved):
     assert (model.dtype, loaded.train.dtype) == (jnp.bfloat16, "bfloat16")
 
 
+def test_weights_that_are_not_finite_are_refused(refused, tmp_path):
+    config = run_config(tmp_path / "x")
+    model = make_model(config, jax.random.key(0))
+    poisoned = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.nan), model)
+    checkpoint.save_weights(tmp_path / "x", poisoned, config, tuple("0123456789"))
+    line = refused(run_sample, tmp_path / "x", "--out", tmp_path / "x.png")
+    assert "should be of finite weights, which those of checkpoint 0 are not" in line
+    assert not (tmp_path / "x.png").exists()
+
+
 def test_load_reads_the_step_it_is_told(copy):
     workdir, _ = copy
     shutil.rmtree(folder(workdir, 20) / "ema")
@@ -417,10 +433,10 @@ def test_no_run_goes_on_from_converted_weights(refused, weights):
 
 def test_the_workdir_is_made_and_says_what_is_trained(tmp_path):
     config = run_config(tmp_path / "a/b")
-    checkpoint.prepare_workdir(config, 0)
-    checkpoint.prepare_workdir(config, 0)
+    for _ in range(2):
+        checkpoint.prepare_workdir(config, 0).close()
     names = sorted(path.name for path in (tmp_path / "a/b").iterdir())
-    assert names == ["checkpoints", "config.json", "samples"]
+    assert names == [".lock", "checkpoints", "config.json", "samples"]
     assert json.loads((tmp_path / "a/b/config.json").read_text()) == dataclasses.asdict(config)
 
 
@@ -428,6 +444,27 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="^train.workdir: .* should be a folder that can be wri"):
         checkpoint.prepare_workdir(run_config(tmp_path / "file/run"), 0)
+
+
+def test_a_workdir_that_a_run_uses_is_refused_to_another_until_it_ends(tmp_path):
+    program = f"""
+from pathlib import Path
+from dit.files import locked
+with locked(Path({str(tmp_path)!r}), "x"):
+    print(flush=True)
+    input()
+"""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, **pipes)
+    process.stdout.readline()
+    config = run_config(tmp_path)
+    words = f"by one run at a time, and is by process {process.pid} on {socket.gethostname()}$"
+    with pytest.raises(InputError, match=words):
+        checkpoint.prepare_workdir(config, 0)
+    assert not (tmp_path / "config.json").exists()
+    process.kill()
+    process.wait()
+    checkpoint.prepare_workdir(config, 0).close()
 
 
 def test_only_process_0_writes_the_config(tmp_path, monkeypatch):

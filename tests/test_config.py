@@ -78,6 +78,7 @@ RANGES = {  # annotation: values outside, values inside, how the range is named
     dit_config.NonNegativeFloat: ([-1e-9, math.nan], [0.0], "0 or more"),
     dit_config.Probability: ([-0.1, 1.1, math.nan], [0.0, 1.0], "a probability, from 0 to 1"),
     dit_config.Decay: ([-0.1, 1.0, math.nan], [0.0, 0.9999], "from 0 to below 1"),
+    dit_config.Finite: ([math.nan, math.inf], [-2.0], "a finite number"),
     dit_config.Seed: ([-1, 2**32], [0, 2**32 - 1], "from 0 to 2^32 - 1"),
     dit_config.Byte: ([-1, 256], [0, 255], "from 0 to 255"),
     dit_config.AtLeastTwo: ([1], [2], "more than 1"),
@@ -178,6 +179,7 @@ def test_integers_serve_as_floats_and_none_where_it_may_stand():
 # Relations between fields
 
 
+FLOW = dict(name="flow", num_steps=1000, schedule="linear")
 MASKS = dict(mask_classes=2)
 LATENTS = dict(latents="x", image_size=48)
 
@@ -220,6 +222,26 @@ LATENTS = dict(latents="x", image_size=48)
             "objective.num_steps: 20 should be more than 20",
         ),
         (
+            dict(objective=dict(name="flow", num_steps=101)),
+            "objective.num_steps: 101 should be left at 1000: it is ddpm's, and objective.name is",
+        ),
+        (
+            dict(objective=FLOW | dict(min_snr_gamma=5.0)),
+            "objective.min_snr_gamma: 5.0 should be left at None: it is ddpm's, and objective.name",
+        ),
+        (
+            dict(objective=dict(prediction="x0")),
+            "objective.prediction: 'x0' should be left at 'v': it is flow's, and objective.name is",
+        ),
+        (
+            dict(objective=FLOW, train=dict(sampler="ddim")),
+            "train.sampler: 'ddim' should be heun or euler: objective.name is flow",
+        ),
+        (
+            dict(train=dict(sampler="euler")),
+            "train.sampler: 'euler' should be ddim or ddpm: objective.name is ddpm",
+        ),
+        (
             dict(data=MASKS, model=dict(conditioning="in_context")),
             "data.mask_classes: 2 should be 0 with model.conditioning",
         ),
@@ -259,10 +281,39 @@ def test_what_is_refused_in_one_place_may_stand_in_another():
         tiny_config(data=MASKS, objective=dict(mask_dropout=0.1)),
         tiny_config(data=MASKS, model=dict(conditioning="adaln")),
         tiny_config(objective=dict(schedule="cosine", num_steps=3)),
+        tiny_config(objective=FLOW, train=dict(sampler="euler", sample_steps=2000)),
         tiny_config(eval=evaluated, data=LATENTS | dict(vae="x")),
         replace(tiny_config(), mesh=dataclasses.asdict(Mesh(data=2, fsdp=4))),
     ):
         assert config.validate() is config
+
+
+def test_every_field_of_the_objective_belongs_to_one_or_to_both():
+    both = ["name", "label_dropout", "mask_dropout"]
+    owned = [name for names in dit_config.OWN_FIELDS.values() for name in names]
+    names = [field.name for field in dataclasses.fields(dit_config.Objective)]
+    assert sorted(owned + both) == sorted(names)
+
+
+def test_the_sampler_of_a_run_is_its_objectives_unless_told_otherwise():
+    assert tiny_config().sampler == "ddim"
+    assert tiny_config(objective=FLOW).sampler == "heun"
+    assert tiny_config(objective=FLOW, train=dict(sampler="euler")).sampler == "euler"
+
+
+def test_only_ddpm_learns_a_variance():
+    assert tiny_config().objective.learns_variance
+    assert not tiny_config(objective=dict(variance="fixed_small")).objective.learns_variance
+    assert not tiny_config(objective=FLOW).objective.learns_variance
+
+
+def test_the_presets_by_flow_matching_see_more_noise_on_pixels_and_any_on_latents_takes_one_flag():
+    for name in ("digits_flow", "cifar10_flow"):
+        objective = load_preset(name).objective
+        assert (objective.time_mean, objective.time_std) == (0.8, 0.8)
+    on_latents = replace(load_preset("imagenet256_xl2"), objective=dict(name="flow")).validate()
+    assert on_latents.objective.times == "logit_normal"
+    assert (on_latents.objective.time_mean, on_latents.objective.time_std) == (0.0, 1.0)
 
 
 def test_wandb_is_asked_for_before_anything_starts(monkeypatch):

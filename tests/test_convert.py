@@ -316,6 +316,7 @@ def test_names_that_cannot_be_written_are_refused(refused, ours, tmp_path, monke
     [
         (dict(data=dict(latents=None, mask_classes=2)), "data.mask_classes: 2 should be 0"),
         (dict(model=dict(conditioning="adaln")), "'adaln' should be of adaln_zero blocks"),
+        (dict(objective=dict(name="flow")), "objective.name: 'flow' should be ddpm"),
     ],
 )
 def test_what_the_other_layouts_cannot_hold_is_refused(

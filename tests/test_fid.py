@@ -240,8 +240,8 @@ def test_training_reports_the_scores_of_the_average(cheap, tmp_path):
     run_train(*TINY, *(word for flag in flags.items() for word in flag))
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert ["fid" in row for row in rows] == [False, True]
-    assert np.isfinite(rows[1]["fid"])
+    assert [(row["step"], "fid" in row) for row in rows] == [(1, False), (2, False), (2, True)]
+    assert np.isfinite(rows[2]["fid"])
 
 
 @pytest.mark.parametrize("mask_classes", [0, 2])

@@ -8,7 +8,7 @@ import pytest
 from conftest import awaken, show_condition, tiny_config
 
 from dit import generate
-from dit.config import Config
+from dit.config import SAMPLERS, Config, replace
 from dit.data import Dataset, InMemory, open_dataset
 from dit.files import claim_folder
 from dit.images import from_uint8, to_uint8
@@ -18,12 +18,21 @@ from dit.tfds import imagenet_names
 
 DDIM = dict(sampler="ddim", steps=3)
 DDPM = dict(sampler="ddpm", steps=3)
+EULER = dict(sampler="euler", steps=3)
+HEUN = dict(sampler="heun", steps=3)
+
+
+def config_for(options, **sections) -> Config:
+    """The tiny config of the objective that a sampler is for."""
+    if options["sampler"] in SAMPLERS["flow"]:
+        sections = {"objective": dict(name="flow", prediction="x0")} | sections
+    return tiny_config(**sections)
 
 
 @functools.cache
-def awake_model():
-    """A model of the tiny config, without zeros, on all devices."""
-    model = awaken(make_model(tiny_config(), jax.random.key(0)), 0.05)
+def awake_model(config: Config | None = None):
+    """A model of a config, the tiny one if none is given, without zeros, on all devices."""
+    model = awaken(make_model(config or tiny_config(), jax.random.key(0)), 0.05)
     return jax.device_put(model, replicated(local_mesh()))
 
 
@@ -38,10 +47,10 @@ def some_digits(count=11) -> dict[str, np.ndarray]:
     return generate.make_condition(np.arange(count) % 10, tiny_config())
 
 
-def shown_config(**sections) -> Config:
+def shown_config(options=DDIM, **sections) -> Config:
     """Of `show_condition`: the brightness of every pixel is known in advance."""
-    sections = {"objective": dict(variance="fixed_small")} | sections
-    return tiny_config(**sections)
+    config = config_for(options, **sections)
+    return replace(config, objective=dict(variance="fixed_small"))
 
 
 def brightness(y, mask=None):
@@ -121,10 +130,10 @@ def test_short_names_have_no_synonyms():
 # Guidance and the null condition
 
 
-@pytest.mark.parametrize("options", [DDIM, DDPM])
+@pytest.mark.parametrize("options", [DDIM, DDPM, EULER, HEUN])
 def test_the_samples_are_guided_away_from_the_null_class(options):
     """x_0 is twice the label's less the null's, so any other null class shows."""
-    config = shown_config()
+    config = shown_config(options)
     model = show_condition(config, brightness)
     labels = np.arange(10)
     images = draw_all(
@@ -135,13 +144,14 @@ def test_the_samples_are_guided_away_from_the_null_class(options):
     np.testing.assert_allclose(images, np.broadcast_to(expected, images.shape), atol=1)
 
 
-def test_the_samples_are_guided_away_from_the_null_mask():
-    config = shown_config(data=dict(mask_classes=2))
+@pytest.mark.parametrize("options", [DDIM, HEUN])
+def test_the_samples_are_guided_away_from_the_null_mask(options):
+    config = shown_config(options, data=dict(mask_classes=2))
     model = show_condition(config, brightness)
     labels = np.arange(10)
     mask = np.arange(64, dtype=np.uint8).reshape(8, 8) % 2
     condition = generate.make_condition(labels, config, mask)
-    images = draw_all(config, model, condition, guidance=2.0, **DDIM)
+    images = draw_all(config, model, condition, guidance=2.0, **options)
     asked = brightness(labels, mask[None].astype(float))
     nothing = brightness(np.array([10]), np.full((1, 8, 8), 2.0))
     expected = bytes_of(2 * asked - nothing)
@@ -158,12 +168,13 @@ def test_without_guidance_each_sample_shows_its_own_condition():
     np.testing.assert_allclose(images, bytes_of(brightness(labels, masks * 1.0)), atol=1)
 
 
-def test_cfg_channels_guide_the_first_channels_alone():
-    config = shown_config(data=dict(channels=3))
+@pytest.mark.parametrize("options", [DDIM, HEUN])
+def test_cfg_channels_guide_the_first_channels_alone(options):
+    config = shown_config(options, data=dict(channels=3))
     model = show_condition(config, brightness)
     labels = np.arange(10)
     condition = generate.make_condition(labels, config)
-    images = draw_all(config, model, condition, guidance=2.0, cfg_channels=1, **DDIM)
+    images = draw_all(config, model, condition, guidance=2.0, cfg_channels=1, **options)
     guided = bytes_of(2 * brightness(labels) - brightness(np.array([10])))
     plain = bytes_of(brightness(labels))
     assert (np.abs(guided - plain) > 10).any()
@@ -171,16 +182,19 @@ def test_cfg_channels_guide_the_first_channels_alone():
     np.testing.assert_allclose(images[..., 1:], np.broadcast_to(plain, (10, 8, 8, 2)), atol=1)
 
 
-def test_the_interval_is_of_original_timesteps():
-    """The last of three steps, which makes the image, is at timestep 0."""
-    config = shown_config()
+@pytest.mark.parametrize(
+    "options, middle, end", [(DDIM, 50.0, 100.0), (EULER, 0.5, 1.5), (HEUN, 0.5, 1.5)]
+)
+def test_the_interval_is_of_the_objectives_own_times(options, middle, end):
+    """The last of three steps, which makes the image, is at timestep 0, or from 1/3 of flow."""
+    config = shown_config(options)
     model = show_condition(config, brightness)
     condition = generate.make_condition(np.arange(10), config)
-    options = DDIM | dict(guidance=2.0)
-    always = draw_all(config, model, condition, **options)
-    last = draw_all(config, model, condition, guidance_interval=(0.0, 50.0), **options)
-    never = draw_all(config, model, condition, guidance_interval=(50.0, 100.0), **options)
-    plain = draw_all(config, model, condition, **DDIM)
+    guided = options | dict(guidance=2.0)
+    always = draw_all(config, model, condition, **guided)
+    last = draw_all(config, model, condition, guidance_interval=(0.0, middle), **guided)
+    never = draw_all(config, model, condition, guidance_interval=(middle, end), **guided)
+    plain = draw_all(config, model, condition, **options)
     assert (np.abs(always - plain) > 10).any()
     np.testing.assert_allclose(last, always, atol=1)
     np.testing.assert_allclose(never, plain, atol=1)
@@ -189,16 +203,17 @@ def test_the_interval_is_of_original_timesteps():
 # Sample i is a function of (seed, i)
 
 
-@pytest.mark.parametrize("options", [DDPM, DDIM | dict(eta=0.5, guidance=2.0)])
+@pytest.mark.parametrize("options", [DDPM, DDIM | dict(eta=0.5, guidance=2.0), HEUN])
 def test_the_batch_does_not_change_a_sample_and_the_seed_does(options):
-    config, condition = tiny_config(), some_digits()
-    whole = draw_all(config, awake_model(), condition, **options)
+    config, condition = config_for(options), some_digits()
+    model = awake_model(config)
+    whole = draw_all(config, model, condition, **options)
     assert whole.shape == (11, 8, 8, 1)
     assert whole.std() > 10
     for batch_size in (1, 7):  # on 8 devices: batches of 8
-        parts = draw_all(config, awake_model(), condition, batch_size, **options)
+        parts = draw_all(config, model, condition, batch_size, **options)
         assert np.abs(whole - parts).max() <= 1
-    other = draw_all(config, awake_model(), condition, seed=1, **options)
+    other = draw_all(config, model, condition, seed=1, **options)
     assert (whole != other).mean() > 0.5
 
 
@@ -249,12 +264,14 @@ def test_every_option_reaches_the_sampler():
 # Style, pixels and latents
 
 
-def test_style_gives_the_samples_the_pictures_statistics_as_far_as_asked():
-    config, condition = tiny_config(), some_digits()
+@pytest.mark.parametrize("options", [DDIM, HEUN])
+def test_style_gives_the_samples_the_pictures_statistics_as_far_as_asked(options):
+    config, condition = config_for(options), some_digits()
+    model = awake_model(config)
     picture = np.clip(np.random.default_rng(0).normal(170, 30, (16, 16)), 0, 255)
     style = from_uint8(jnp.asarray(picture.astype(np.uint8)))[None, ..., None]
-    draw = functools.partial(draw_all, config, awake_model(), condition, style=style, **DDIM)
-    plain = draw_all(config, awake_model(), condition, **DDIM)
+    draw = functools.partial(draw_all, config, model, condition, style=style, **options)
+    plain = draw_all(config, model, condition, **options)
     np.testing.assert_array_equal(draw(style_strength=0.0), plain)
 
     def distance(images):

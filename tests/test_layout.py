@@ -22,6 +22,7 @@ ROWS = [
     "dit.data",
     "dit.tfds",
     "dit.sampling",
+    "dit.flow",
     "dit.ddpm",
     "dit.model",
     "dit.normalization",

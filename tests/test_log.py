@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import tiny_config
+from matplotlib.axes import Axes
 from PIL import Image
 
 from dit import log
@@ -89,7 +90,7 @@ def test_a_terminal_shows_a_bar_and_no_lines(monkeypatch, capsys):
 
 
 def test_the_clock_counts_images_flops_and_the_share_of_the_peak(time):
-    clock = log.Clock(flops_per_image=3e12)
+    clock = log.Clock(3e12)
     clock.chip = Chip("new", ("new",), 10e12)
     time.now += 5
     clock.stop()
@@ -135,7 +136,7 @@ class Late(float):
 
 def test_metrics_are_fetched_one_step_late(tmp_path, monkeypatch):
     monkeypatch.setattr(Late, "fetched", 0)
-    with log.Log(config_in(tmp_path), 0, 1.0) as run:
+    with log.Log(config_in(tmp_path), 0, 1.0, {}) as run:
         counts = []
         for step in (1, 2, 3):
             run.record(step, {name: Late(value) for name, value in METRICS.items()})
@@ -143,33 +144,56 @@ def test_metrics_are_fetched_one_step_late(tmp_path, monkeypatch):
         assert counts == [0, 5, 10]
         with run.paused():
             assert Late.fetched == 15
-            run.write(3, {})
+            run.write(3)
     assert Late.fetched == 15, "each once"
 
 
 def test_a_line_of_metrics_is_the_mean_since_the_line_before(tmp_path):
-    with log.Log(config_in(tmp_path), 0, 1.0) as run:
+    with log.Log(config_in(tmp_path), 0, 1.0, {}) as run:
         for step, loss in [(1, 1.0), (2, 3.0), (3, 7.0)]:
             run.record(step, METRICS | {"loss": loss})
             if step > 1:
                 with run.paused():
-                    run.write(step, {"fid": 8.0} if step == 3 else {})
-    lines = rows(tmp_path)
+                    run.write(step)
+        run.scores(3, {"fid": 8.0})
+    *lines, scores = rows(tmp_path)
     assert [(row["step"], row["loss"]) for row in lines] == [(2, 2.0), (3, 7.0)]
     names = METRICS.keys() | {"step", "images_per_second", "tflops_per_second"}
-    assert lines[0].keys() == names
-    assert lines[1].keys() == names | {"fid"}
-    assert lines[1]["fid"] == 8.0
+    assert lines[0].keys() == lines[1].keys() == names
+    assert scores == {"step": 3, "fid": 8.0}
+
+
+def test_a_run_that_goes_on_adds_to_what_it_had_not_written(tmp_path):
+    losses = [(1, 0.1), (2, 0.2), (3, 0.7)]
+    with log.Log(config_in(tmp_path), 0, 1.0, {}) as run:
+        for step, loss in losses:
+            run.record(step, METRICS | {"loss": loss})
+        with run.paused():
+            run.write(3)
+    whole = rows(tmp_path)
+    unwritten = {}
+    for step, loss in losses:  # a run a step
+        with log.Log(
+            tiny_config(train=dict(workdir=str(tmp_path))), step - 1, 1.0, unwritten
+        ) as run:
+            run.record(step, METRICS | {"loss": loss})
+            with run.paused():
+                unwritten = json.loads(json.dumps(run.unwritten))
+                if step == 3:
+                    run.write(step)
+    for name in METRICS:
+        assert rows(tmp_path)[-1][name] == whole[-1][name]
+    assert len(rows(tmp_path)) == 1
 
 
 def test_what_is_done_in_a_pause_does_not_slow_the_rates(time, tmp_path):
-    with log.Log(config_in(tmp_path), 0, flops_per_image=2e12) as run:
+    with log.Log(config_in(tmp_path), 0, 2e12, {}) as run:
         for step in (1, 2):
             time.now += 4
             run.record(step, METRICS)
             with run.paused():
                 time.now += 1000
-                run.write(step, {})
+                run.write(step)
                 time.now += 1000
     for row in rows(tmp_path):
         assert row["images_per_second"] == 16 / 4
@@ -179,11 +203,11 @@ def test_what_is_done_in_a_pause_does_not_slow_the_rates(time, tmp_path):
 def test_the_bar_shows_loss_and_rates(time, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(log, "find_chip", lambda kind: Chip("new", (kind,), 5e12))
-    with log.Log(config_in(tmp_path), 0, flops_per_image=1e11) as run:
+    with log.Log(config_in(tmp_path), 0, 1e11, {}) as run:
         run.record(1, METRICS)
         time.now += 0.5
         with run.paused():
-            run.write(1, {})
+            run.write(1)
         run.record(2, METRICS | {"loss": 0.25})
         run.fetch()
         bar = run.progress.bar
@@ -192,11 +216,11 @@ def test_the_bar_shows_loss_and_rates(time, tmp_path, monkeypatch):
 
 
 def test_without_a_terminal_lines_on_stdout_show_loss_and_rates(time, tmp_path, capsys):
-    with log.Log(config_in(tmp_path), 7, flops_per_image=1e11) as run:
+    with log.Log(config_in(tmp_path), 7, 1e11, {}) as run:
         run.record(8, METRICS)
         time.now += 0.5
         with run.paused():
-            run.write(8, {})
+            run.write(8)
         run.record(9, METRICS | {"loss": 0.25})
         run.fetch()
     lines = capsys.readouterr().out.splitlines()
@@ -211,10 +235,10 @@ def test_without_a_terminal_lines_on_stdout_show_loss_and_rates(time, tmp_path, 
 def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_names_the_step(
     tmp_path, name, value
 ):
-    with log.Log(config_in(tmp_path), 0, 1.0) as run:
+    with log.Log(config_in(tmp_path), 0, 1.0, {}) as run:
         run.record(1, METRICS)
         with run.paused():
-            run.write(1, {})
+            run.write(1)
         run.record(2, METRICS | {name: value})  # may still be computed
         with pytest.raises(Diverged) as refusal:
             run.record(3, METRICS)
@@ -230,7 +254,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_names_the_step(
 
 def test_no_checkpoint_is_saved_of_a_step_that_is_not_finite(tmp_path):
     """The pause in which checkpoints are saved begins with a look at the step's own loss."""
-    with log.Log(config_in(tmp_path), 0, 1.0) as run:
+    with log.Log(config_in(tmp_path), 0, 1.0, {}) as run:
         run.record(1, METRICS | {"loss": np.nan})
         with pytest.raises(Diverged), run.paused():
             raise AssertionError("saved")
@@ -241,11 +265,11 @@ def test_no_checkpoint_is_saved_of_a_step_that_is_not_finite(tmp_path):
 
 def test_a_resumed_run_drops_the_metrics_that_it_will_log_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    with log.Log(config_in(tmp_path), 0, 1.0) as run:
+    with log.Log(config_in(tmp_path), 0, 1.0, {}) as run:
         for step in (1, 2, 3):
             run.record(step, METRICS)
             with run.paused():
-                run.write(step, {})
+                run.write(step)
     first, second, _ = path.read_text().splitlines(keepends=True)
     with path.open("a") as file:
         file.write('{"step": 4, "lo')  # killed while it wrote
@@ -257,10 +281,10 @@ def test_a_resumed_run_drops_the_metrics_that_it_will_log_again(tmp_path):
 
 def test_a_log_leaves_metrics_events_a_grid_and_a_plot(tmp_path):
     tiles = np.zeros((6, 8, 8, 1), np.uint8)
-    with log.Log(config_in(tmp_path), 0, 1.0) as run:
+    with log.Log(config_in(tmp_path), 0, 1.0, {}) as run:
         run.record(1, METRICS)
         with run.paused():
-            run.write(1, {})
+            run.write(1)
             run.grid(1, tiles, ["a", "b"])
     names = {re.sub(r"\.out\..*", "", path.name) for path in tmp_path.iterdir()}
     assert names == {"metrics.jsonl", "events", "samples", "loss.png"}
@@ -271,8 +295,25 @@ def test_a_log_leaves_metrics_events_a_grid_and_a_plot(tmp_path):
     assert Image.open(tmp_path / "loss.png").size[0] > 100
 
 
+@pytest.mark.parametrize(
+    "parts, lines", [([], ["loss"]), (["mse", "vb"], ["loss", "squared error", "variational"])]
+)
+def test_the_plot_has_a_line_for_the_loss_and_for_each_part_that_it_has(
+    tmp_path, monkeypatch, parts, lines
+):
+    row = {"step": 1} | {name: METRICS[name] for name in ["loss", *parts]}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    shown = []
+    monkeypatch.setattr(Axes, "plot", lambda axes, *values, label, **style: shown.append(label))
+    monkeypatch.setattr(Axes, "legend", lambda axes: None)
+    log.plot_loss(tmp_path)
+    assert len(shown) == len(lines)
+    for label, words in zip(shown, lines, strict=True):
+        assert label.startswith(words)
+
+
 def test_a_run_that_stops_before_its_first_line_still_closes(tmp_path):
-    with pytest.raises(KeyError), log.Log(config_in(tmp_path), 0, 1.0):
+    with pytest.raises(KeyError), log.Log(config_in(tmp_path), 0, 1.0, {}):
         raise KeyError
     assert rows(tmp_path) == []
 
@@ -283,10 +324,10 @@ def test_only_process_0_writes(tmp_path, monkeypatch, capsys):
     config = config_in(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     log.say("hello")
-    with log.Log(config, 0, 1.0) as run:
+    with log.Log(config, 0, 1.0, {}) as run:
         run.record(1, METRICS)
         with run.paused():
-            run.write(1, {})
+            run.write(1)
             run.grid(1, np.zeros((1, 8, 8, 1), np.uint8), ["0"])
     progress = log.Progress(3, "image")
     progress.advance(3)
@@ -297,7 +338,7 @@ def test_only_process_0_writes(tmp_path, monkeypatch, capsys):
 
 def test_every_process_stops_at_a_loss_that_is_not_finite(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with log.Log(config_in(tmp_path), 0, 1.0) as run:
+    with log.Log(config_in(tmp_path), 0, 1.0, {}) as run:
         run.record(1, METRICS | {"loss": np.nan})
         with pytest.raises(Diverged):
             run.record(2, METRICS)
@@ -323,10 +364,10 @@ def test_weights_and_biases_is_given_the_same_run_again_and_everything_logged(
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     config = config_in(tmp_path, wandb=True)
     for start in (0, 1):
-        with log.Log(config, start, 1.0) as run:
+        with log.Log(config, start, 1.0, {}) as run:
             run.record(start + 1, METRICS)
             with run.paused():
-                run.write(start + 1, {})
+                run.write(start + 1)
                 run.grid(start + 1, np.zeros((1, 8, 8, 1), np.uint8), ["0"])
     names = sorted([*METRICS, "images_per_second", "tflops_per_second"])
     identity = calls[0]

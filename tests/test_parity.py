@@ -1,4 +1,7 @@
-"""The network, written again in torch.nn.functional, on our weights; and AdamW. `make parity`."""
+"""The network, written again in torch.nn.functional, on our weights; AdamW; diffusers' schedulers.
+
+`make parity`.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +9,9 @@ import numpy as np
 import pytest
 from conftest import awaken, inputs, tiny_model
 
+from dit import sampling
 from dit.config import Optim
+from dit.flow import Flow
 from dit.model import DiT, position_embedding
 from dit.state import learning_rate, make_optimizer
 
@@ -126,3 +131,41 @@ def test_adamw_equals_torchs(weight_decay):
         updates, state = optimizer.update(jnp.asarray(grad), state, params)
         params = params + updates
     assert relative(params, theirs.detach().numpy()) < 1e-5
+
+
+@pytest.mark.parametrize("ours", [sampling.euler, sampling.heun])
+def test_flow_samplers_equal_diffusers(ours):
+    """Path, times, the network's scale of them, and steps; the network is sin(x + t / 1000)."""
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+
+    flow = Flow("v", "uniform", 0.0, 1.0)
+    keys, shape, steps = sampling.sample_keys(0, jnp.arange(3)), (2, 5, 1), 7
+    start = torch.tensor(np.array(sampling.sample_noise(keys, 1, shape)))
+    if ours is sampling.euler:
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+    else:  # its sigmas end at 1 / num_train_timesteps, before 0
+        scheduler = FlowMatchHeunDiscreteScheduler(num_train_timesteps=steps)
+        scheduler.set_timesteps(steps)
+    scale = 1000 / scheduler.config.num_train_timesteps
+    x, times = start, []
+    for t in scheduler.timesteps:
+        times.append(float(scale * t))
+        x = scheduler.step(torch.sin(x + scale * t / 1000), t, x).prev_sample
+
+    seen = []
+
+    def network(x: jax.Array, t: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda t: seen.append(float(t)), t[0], ordered=True)
+        return jnp.sin(x + t.reshape(-1, 1, 1, 1) / 1000)
+
+    sample = ours(flow, network, keys, shape, steps)
+    np.testing.assert_allclose(sample, x.numpy(), atol=1e-5)
+    np.testing.assert_allclose(seen, times, rtol=1e-6)
+
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    image, t = jnp.tanh(sample), scheduler.timesteps[[100, 500, 900]]
+    noised = scheduler.scale_noise(torch.tensor(np.array(image)), t, start)
+    xt = flow.q_sample(image, jnp.asarray(t.numpy()) / 1000, jnp.asarray(start.numpy()))
+    np.testing.assert_allclose(xt, noised.numpy(), atol=1e-6)

@@ -75,13 +75,14 @@ def test_devices_that_do_not_divide_are_refused(refused):
 
 def test_the_cheapest_changes_come_first_and_smaller_batches_last():
     config = tiny_config(train=dict(batch_size=64))
-    none, dots = {}, {"model": {"remat": "dots"}}
-    full = {"model": {"remat": "full"}}
-    fsdp = full | {"mesh": {"fsdp": 8}}
-    parts = [fsdp | {"optim": {"accumulate": n}} for n in (2, 4, 8)]
-    fewer = [fsdp | {"train": {"batch_size": n}, "optim": {"accumulate": 1}} for n in (32, 16, 8)]
-    assert none not in plan.changes(config, 8)
-    assert list(plan.changes(config, 8)) == [dots, full, fsdp, *parts, *fewer]
+    dots, full = {"model": {"remat": "dots"}}, {"model": {"remat": "full"}}
+    fsdp = {"mesh": {"fsdp": 8}}
+    parts = [full | fsdp | {"optim": {"accumulate": n}} for n in (2, 4, 8)]
+    fewer = [
+        full | fsdp | {"train": {"batch_size": n}, "optim": {"accumulate": 1}} for n in (32, 16, 8)
+    ]
+    expected = [dots, full, fsdp, dots | fsdp, full | fsdp, *parts, *fewer]
+    assert list(plan.changes(config, 8)) == expected
 
 
 def test_what_a_config_has_already_is_not_suggested():
@@ -99,8 +100,7 @@ def test_what_a_config_has_already_is_not_suggested():
 def test_8_devices_share_the_parameters_and_all_only_where_that_is_not_enough(devices, fsdp):
     config = tiny_config(train=dict(batch_size=devices))
     meshes = [change["mesh"] for change in plan.changes(config, devices) if "mesh" in change]
-    assert [mesh["fsdp"] for mesh in meshes[: len(fsdp)]] == fsdp
-    assert {mesh["fsdp"] for mesh in meshes} == set(fsdp)
+    assert list(dict.fromkeys(mesh["fsdp"] for mesh in meshes)) == fsdp
 
 
 def test_changes_are_shown_as_flags_that_make_them():
@@ -220,6 +220,21 @@ def test_a_run_that_does_not_fit_is_told_what_makes_it_fit(capsys, monkeypatch):
     last = output.splitlines()[-1]
     assert last.startswith(("--model.remat dots: it fits", "--model.remat full: it fits"))
     assert "These are bounds of the time" in output
+
+
+def test_what_cannot_hold_its_state_is_not_compiled(monkeypatch):
+    config = tiny_config(model=dict(hidden_size=64, num_heads=4))  # wide enough to be shared
+    devices = plan.devices_of("cpu:8")
+    whole = plan.share(plan.abstract_state(config, plan.make_mesh(config, devices)))
+    chip = Chip("small", ("cpu",), 1e12, whole - 1, 1e11, 1e10)
+    monkeypatch.setattr(plan, "find_chip", lambda kind: chip)
+    monkeypatch.setattr(plan, "estimate", None)
+    attempt = plan.attempt_with({"model": {"remat": "dots"}}, config, devices)
+    assert (attempt.bytes, attempt.found) == (whole, None)
+    with pytest.raises(TypeError, match="not callable"):  # as it is, it is compiled nevertheless
+        plan.attempt_with({}, config, devices)
+    with pytest.raises(TypeError, match="not callable"):  # a share of it fits
+        plan.attempt_with({"mesh": {"fsdp": 8}}, config, devices)
 
 
 @pytest.mark.parity

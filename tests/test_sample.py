@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, awaken, run_sample, run_train, show_condition, tiny_config
+from conftest import TINY, TINY_FLOW, awaken, run_sample, run_train, show_condition, tiny_config
 from PIL import Image
 
 import sample
@@ -57,6 +57,19 @@ def layout(tmp_path_factory):
     model, config = checkpoint.load(workdir)
     awake = workdir.with_name("awake")
     checkpoint.save_weights(awake, awaken(model), config, tuple("0123456789"))
+    return awake
+
+
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory):
+    """A model with masks trained by flow matching for three steps, and then awakened."""
+    workdir = tmp_path_factory.mktemp("runs") / "flow"
+    options = "--train.steps 3 --train.sample-every 3 --data.mask-classes 2".split()
+    run_train(*TINY_FLOW, "--workdir", workdir, *options)
+    assert Image.open(workdir / "samples/0000003.png").height == 10 * TILE + 2
+    model, config = checkpoint.load(workdir)
+    awake = workdir.with_name("awake")
+    checkpoint.save_weights(awake, awaken(model, 0.05), config, tuple("0123456789"))
     return awake
 
 
@@ -146,6 +159,42 @@ def test_every_option_changes_what_it_should(run, tmp_path):
     assert np.abs(never.astype(int) - base).max() <= 1
 
 
+def test_the_samplers_and_options_of_flow(flow, tmp_path):
+    base_flags = ["--classes", "3", "--guidance", "3"]
+    base, _ = draw(flow, tmp_path, *base_flags)
+    np.testing.assert_array_equal(draw(flow, tmp_path, *base_flags, "--sampler", "heun")[0], base)
+    half = np.zeros((8, 8))
+    half[:, 4:] = 1
+    for flags in (
+        ["--sampler", "euler"],
+        ["--guidance", "1"],
+        ["--guidance-interval", "0.1", "0.5"],
+        ["--mask", save_picture(tmp_path / "mask.png", half)],
+        ["--style", save_picture(tmp_path / "style.png", np.arange(64).reshape(8, 8))],
+    ):
+        assert (draw(flow, tmp_path, *base_flags, *flags)[0] != base).any(), flags
+    many, _ = draw(flow, tmp_path, "--classes", "3", "--steps", "2000", "--per-class", "1")
+    assert many.shape == (1, 8, 8, 1), "more steps than DDPM has timesteps"
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (
+            ["--sampler", "ddim"],
+            "--sampler: 'ddim' should be heun or euler: objective.name is flow",
+        ),
+        (["--eta", "0.5"], "--eta: 0.5 should be 0 with --sampler heun: only ddim has it"),
+        (
+            ["--guidance-interval", "100", "800"],
+            "--guidance-interval: (100.0, 800.0) should be of times of flow, from 0 to 1",
+        ),
+    ],
+)
+def test_options_that_flow_has_not_are_refused(refused, flow, tmp_path, flags, words):
+    assert words in refused(run_sample, flow, *flags, "--out", tmp_path / "x.png")
+
+
 def test_what_the_options_leave_open_is_the_runs():
     config = tiny_config(train=dict(sampler="ddpm", sample_steps=7), data=dict(vae="v"))
     completed = sample.complete(sample.Sample("x"), config)
@@ -194,7 +243,15 @@ def test_classes_go_by_number_name_or_synonym():
         (["--batch-size", "0"], "--batch-size: 0 should be more than 0"),
         (["--out", "x.jpg"], "--out: 'x.jpg' should be a .png or .npz file"),
         (["--out", "nowhere/x.png"], "--out: 'nowhere/x.png' should be in a folder that exists"),
-        (["--sampler", "euler"], "--sampler"),
+        (
+            ["--sampler", "euler"],
+            "--sampler: 'euler' should be ddim or ddpm: objective.name is ddpm",
+        ),
+        (["--sampler", "plms"], "--sampler"),
+        (
+            ["--sampler", "ddpm", "--eta", "0.5"],
+            "--eta: 0.5 should be 0 with --sampler ddpm: only ddim has it",
+        ),
         (["--dtype", "float16"], "--dtype"),
         (["--guidance", "nan"], "--guidance: nan should be a number"),
         (

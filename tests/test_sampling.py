@@ -12,10 +12,12 @@ from dit import sampling
 from dit.config import Data
 from dit.data import drop_condition, null_condition
 from dit.ddpm import DDPM, at
+from dit.flow import Flow
 
 MEAN, DEVIATION = 0.3, 0.5  # of the Gaussian data whose denoiser has a closed form
 SHAPE = (3, 1, 2)
 SAMPLERS = [sampling.ddpm, sampling.ddim]
+FLOW_SAMPLERS = [sampling.euler, sampling.heun]
 
 T = jnp.array([0, 49, 99])
 SEVEN = Data(num_classes=7)
@@ -134,6 +136,111 @@ def test_the_start_is_the_same_noise_for_any_number_of_steps():
     np.testing.assert_array_equal(seen[0], seen[2])
     noise = sampling.sample_noise(keys(999), 50, SHAPE)
     assert float(noise.std()) == pytest.approx(1, abs=0.03)
+
+
+# Samplers of flow matching
+
+
+def make_flow(prediction: str) -> Flow:
+    return Flow(prediction, "uniform", 0.0, 1.0)
+
+
+def gaussian_x0(x, t):
+    """E[x_0 | x_t] for x_0 ~ N(MEAN, DEVIATION^2), at t in [0, 1]."""
+    gain = (1 - t) * DEVIATION**2 / ((1 - t) ** 2 * DEVIATION**2 + t**2)
+    return MEAN + gain * (x - (1 - t) * MEAN)
+
+
+def gaussian_network(prediction: str) -> sampling.Denoise:
+    """What a perfect network predicts of that data, at a thousand times t."""
+
+    def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+        t = t.reshape(-1, 1, 1, 1) / 1000
+        x0 = gaussian_x0(x, t)
+        return x0 if prediction == "x0" else (x - x0) / t
+
+    return denoise
+
+
+@pytest.mark.parametrize("prediction", ["v", "x0"])
+@pytest.mark.parametrize(
+    "sampler, order, largest", [(sampling.euler, 1, 0.05), (sampling.heun, 2, 0.005)]
+)
+def test_flow_samplers_converge_at_their_order(sampler, order, largest, prediction):
+    """The flow of Gaussian data is known: it keeps x_t's distance in deviations."""
+    exact = MEAN + DEVIATION * sampling.sample_noise(keys(7), 1, SHAPE)
+    errors = []
+    for n in (8, 16, 32, 64):
+        x = sampler(make_flow(prediction), gaussian_network(prediction), keys(7), SHAPE, n)
+        errors.append(float(jnp.abs(x - exact).max()))
+    orders = np.log2(np.array(errors[:-1]) / errors[1:])
+    assert errors[-1] < largest
+    assert (np.abs(orders - order) < 0.2).all(), orders
+
+
+def numpy_sample(method: str, start: np.ndarray, num_steps: int) -> np.ndarray:
+    """Euler's or Heun's method in float64 for dx/dt = (x - E[x_0 | x]) / t, E within [0.2, 0.4]."""
+
+    def slope(x: np.ndarray, t: float) -> np.ndarray:
+        return (x - np.clip(gaussian_x0(x, t), 0.2, 0.4)) / t
+
+    x, h = start, 1 / num_steps
+    for i in range(num_steps, 0, -1):
+        guess = x - h * slope(x, i * h)
+        if method == "heun" and i > 1:
+            guess = x - h / 2 * (slope(x, i * h) + slope(guess, (i - 1) * h))
+        x = guess
+    return x
+
+
+@pytest.mark.parametrize("prediction", ["v", "x0"])
+@pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
+@pytest.mark.parametrize("n", [1, 2, 11])
+def test_flow_samplers_equal_numpys(sampler, prediction, n):
+    start = np.asarray(sampling.sample_noise(keys(97), 1, SHAPE), np.float64)
+    denoise = gaussian_network(prediction)
+
+    def clip(x0: jax.Array) -> jax.Array:
+        return jnp.clip(x0, 0.2, 0.4)
+
+    x = sampler(make_flow(prediction), denoise, keys(97), SHAPE, n, correct=clip)
+    free = sampler(make_flow(prediction), denoise, keys(97), SHAPE, n)
+    np.testing.assert_allclose(x, numpy_sample(sampler.__name__, start, n), atol=1e-5)
+    assert n == 1 or jnp.abs(x - free).max() > 0.01, "clipping has an effect"
+
+
+@pytest.mark.parametrize(
+    "sampler, times",
+    [
+        (sampling.euler, [1000, 750, 500, 250]),
+        (sampling.heun, [1000, 750, 750, 500, 500, 250, 250]),
+    ],
+)
+def test_flow_samplers_visit_equal_steps_from_noise_to_the_last_before_the_image(sampler, times):
+    seen = []
+
+    def network(x: jax.Array, t: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda t: seen.append(float(t)), t[0], ordered=True)
+        return jnp.zeros_like(x)
+
+    jax.block_until_ready(sampler(make_flow("v"), network, keys(2), SHAPE, 4))
+    assert seen == times
+
+
+@pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
+def test_a_sample_of_flow_depends_on_seed_and_index_alone(sampler):
+    model = awaken(tiny_model(num_classes=7, learn_sigma=False), scale=0.05)
+
+    def draw(indices, seed=0) -> jax.Array:
+        indices = jnp.asarray(indices)
+        condition = {"y": indices % 7}
+        denoise = sampling.guided(model, condition, null_condition(condition, SEVEN), 2.0)
+        return sampler(make_flow("v"), denoise, sampling.sample_keys(seed, indices), (6, 6, 2), 3)
+
+    many = draw(range(11))
+    np.testing.assert_allclose(draw([9, 2]), many[jnp.array([9, 2])], atol=2e-5)
+    assert jnp.abs(draw([4], seed=1) - many[4:5]).max() > 0.1
+    assert jnp.abs(many[0] - many[7]).max() > 0.1, "two samples of class 0"
 
 
 # The null condition

@@ -1,4 +1,4 @@
-"""The PyTorch DiT of the benchmarks does the work that ours does. `make parity`."""
+"""The PyTorch DiT of the benchmarks, and its peers, do the work that ours does. `make parity`."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dit import cli
-from dit.config import Config, replace
+from dit.config import Config, InputError, replace
 from dit.model import count_parameters
 from dit.state import make_init, make_objective
 
@@ -21,7 +21,7 @@ def tiny_config(**train) -> Config:
 
 @pytest.mark.parametrize("preset", ["cifar10", "imagenet256_s2"])
 def test_it_has_as_many_parameters(preset):
-    from benchmarks import torch_dit
+    import torch_dit
 
     config = cli.load_preset(preset)
     ours = count_parameters(jax.eval_shape(make_init(config)).model)
@@ -30,8 +30,7 @@ def test_it_has_as_many_parameters(preset):
 
 def test_its_loss_equals_ours():
     import torch
-
-    from benchmarks import torch_dit
+    import torch_dit
 
     config = tiny_config()
     objective = make_objective(config)
@@ -60,8 +59,83 @@ def test_its_loss_equals_ours():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_learns(dtype):
-    from benchmarks import torch_dit
 
-    step = torch_dit.make_step(tiny_config(batch_size=16, dtype=dtype), "cpu", compiled=False)
-    losses = [float(step()) for _ in range(60)]
+    losses = losses_of("torch_dit", tiny_config(batch_size=16, dtype=dtype), steps=60)
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+
+
+# Its peers
+
+
+def losses_of(peer: str, config: Config, steps: int) -> list[float]:
+    import torch_dit
+
+    step = torch_dit.make_step(config, torch_dit.import_peer(peer), "cpu", compiled=False)
+    return [float(step()) for _ in range(steps)]
+
+
+def test_diffusers_has_as_many_parameters_but_embeds_the_condition_in_each_block():
+    import torch_dit
+
+    config = tiny_config()
+    ours = torch_dit.DiT(config)
+    embeddings = (ours.timestep_fc1, ours.timestep_fc2, ours.label_embed)
+    copies = (config.model.depth - 1) * sum(map(count_torch_parameters, embeddings))
+    theirs = torch_dit.import_peer("diffusers")(config)
+    assert count_torch_parameters(theirs) == count_torch_parameters(ours) + copies
+
+
+def count_torch_parameters(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_diffusers_from_a_zero_output_has_the_loss_of_ours():
+    import torch
+    import torch_dit
+
+    config = tiny_config(batch_size=7)
+
+    def make_zero(config: Config):
+        model = torch_dit.import_peer("diffusers")(config)
+        torch.nn.init.zeros_(model.proj_out_2.weight)
+        torch.nn.init.zeros_(model.proj_out_2.bias)
+        torch.manual_seed(1)
+        return model
+
+    def make_ours(config: Config):
+        model = torch_dit.DiT(config)
+        torch.manual_seed(1)
+        return model
+
+    ours, theirs = (
+        float(torch_dit.make_step(config, make_model, "cpu", compiled=False)())
+        for make_model in (make_ours, make_zero)
+    )
+    assert theirs == pytest.approx(ours, rel=1e-6)
+
+
+PUBLISHED = """
+import torch_dit
+from dit.config import Config, Data, Model
+
+class Other(torch_dit.DiT):
+    def __init__(self, input_size, patch_size, in_channels, hidden_size, depth, num_heads,
+                 mlp_ratio, class_dropout_prob, num_classes, learn_sigma):
+        assert learn_sigma and class_dropout_prob == 0.05
+        model = Model(hidden_size, depth, num_heads, patch_size, mlp_ratio)
+        data = Data(image_size=input_size, channels=in_channels, num_classes=num_classes)
+        super().__init__(Config(model=model, data=data))
+
+    def forward(self, x, t, y):
+        assert not self.training  # in which it would drop labels, beside those that the step drops
+        return super().forward(x, t, y)
+"""
+
+
+def test_the_class_of_a_file_is_built_by_the_published_arguments(tmp_path):
+    (tmp_path / "published.py").write_text(PUBLISHED)
+    config = tiny_config(batch_size=7)
+    losses = losses_of(f"{tmp_path}/published.py:Other", config, steps=3)
+    assert losses == losses_of("torch_dit", config, steps=3)
+    with pytest.raises(InputError, match="published.py:DiT' should be FILE.py:CLASS"):
+        losses_of(f"{tmp_path}/published.py:DiT", config, steps=1)

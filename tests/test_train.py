@@ -14,11 +14,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, largest_difference, run_train, tiny_config
+from conftest import TINY, TINY_FLOW, largest_difference, run_train, tiny_config
+from on_hosts import signal_at
 from PIL import Image
 
 import train
-from dit import checkpoint, generate
+from dit import checkpoint, cli, generate, log
+from dit.config import Stopped
 from dit.data import InMemory
 from dit.sharding import make_mesh
 from dit.state import abstract_state
@@ -70,7 +72,8 @@ def whole_run(tmp_path_factory) -> Path:
 
 def test_a_run_leaves_what_it_promises(whole_run):
     names = {path.name.split(".out.")[0] for path in whole_run.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "events", "samples", "loss.png", "checkpoints"}
+    files = {"config.json", "metrics.jsonl", "events", "loss.png", ".lock"}
+    assert names == files | {"samples", "checkpoints"}
     grids = sorted(path.name for path in (whole_run / "samples").iterdir())
     assert grids == ["0000010.png", "0000020.png"]
     assert Image.open(whole_run / "samples/0000020.png").size[0] > 8 * 64
@@ -87,6 +90,19 @@ def test_a_run_leaves_what_it_promises(whole_run):
     assert json.loads((whole_run / "config.json").read_text()) == json.loads(config.to_json())
     facts = {"class_names": list("0123456789"), "num_examples": 1797}
     assert checkpoint.stored_dataset(whole_run, 20) == facts
+
+
+def test_a_run_by_flow_matching_is_none_by_ddpm(refused, tmp_path):
+    run_train(*TINY_FLOW, "--workdir", tmp_path, "--train.steps", "2")
+    first, second = rows(tmp_path)
+    assert first["loss"] == pytest.approx(1.5, abs=0.6), "the zero output predicts no image"
+    assert not {"mse", "vb"} & second.keys()
+    assert Image.open(tmp_path / "loss.png").size[0] > 100
+    assert checkpoint.stored_config(tmp_path, 2).objective.name == "flow"
+    line = refused(run_train, *TINY, "--workdir", tmp_path)
+    assert "objective.name: 'ddpm', where 'flow' is stored in " in line
+    run_train(*TINY_FLOW, "--workdir", tmp_path, "--train.steps", "3")
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
 
 
 def watch_stream(monkeypatch) -> list:
@@ -178,14 +194,14 @@ def spied_run(tmp_path_factory) -> tuple[Path, list, list]:
     """A workdir with every checkpoint, and the models that were measured and drawn on the way."""
     measured, drawn = [], []
 
-    def make_evaluation(config, vae, mesh):
+    def make_evaluation(config, vae, mesh, check_stop):
         def evaluate(model):
             measured.append(jax.device_get(model))
             return {"fid": float(len(measured))}
 
         return evaluate
 
-    def make_grid_sampler(config, vae, dataset, mesh):
+    def make_grid_sampler(config, vae, dataset, mesh, check_stop):
         def draw_grid(model):
             drawn.append(jax.device_get(model))
             return np.zeros((20, 8, 8, 1), np.uint8), list(dataset.class_names)
@@ -217,7 +233,8 @@ def assert_averages(models: dict, workdir: Path) -> None:
 def test_evaluation_is_of_the_average_and_is_logged(spied_run):
     workdir, measured, _ = spied_run
     assert_averages(dict(zip([2, 4, 5], measured, strict=True)), workdir)
-    assert [(row["step"], row["fid"]) for row in rows(workdir)] == [(2, 1), (4, 2), (5, 3)]
+    scores = [(row["step"], row["fid"]) for row in rows(workdir) if "fid" in row]
+    assert scores == [(2, 1), (4, 2), (5, 3)]
 
 
 def test_grids_are_drawn_from_the_average(spied_run):
@@ -242,7 +259,7 @@ def test_neither_is_done_where_it_is_not_asked_for(tmp_path, monkeypatch):
 
 
 def test_ten_steps_a_kill_and_ten_more_equal_twenty(whole_run, tmp_path):
-    endless = "--train.steps 1000000 --train.checkpoint-every 10 --train.keep-last 1000000"
+    endless = "--train.steps 1000000 --train.checkpoint-every 10 --train.keep-last 1000"
     options = ["--workdir", tmp_path, *endless.split()]
     process = start(*TINY, *options, JAX_NUM_CPU_DEVICES="8")
     deadline = time.monotonic() + 240
@@ -342,6 +359,122 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert checkpoint.newest_intact(tmp_path) == (step - 1, [])
     assert rows(tmp_path)[-1]["step"] == step - 1
     assert all(np.isfinite(array).all() for array in arrays(tmp_path, step - 1))
+
+
+def test_no_checkpoint_is_made_of_a_state_that_is_not_finite(tmp_path, capsys):
+    """The loss of step 1 is of the parameters before it."""
+    options = "--train.steps 5 --train.checkpoint-every 1 --optim.learning-rate inf".split()
+    with pytest.raises(SystemExit) as stop:
+        run_train(*TINY, "--workdir", tmp_path, *options)
+    assert stop.value.code == 1
+    line = capsys.readouterr().err
+    assert line.startswith("train.py: the state after step 1 should be finite")
+    assert len(line.splitlines()) == 1
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("full_at, kept, status", [({2, 3}, [4, 1], 0), ({3, 4}, [2, 1], 1)])
+def test_a_full_disk_is_warned_of_once_and_tried_again(
+    tmp_path, monkeypatch, capsys, full_at, kept, status
+):
+    usage = shutil.disk_usage
+    asked = []
+
+    def full(path):
+        asked.append(path)  # at the start, and for each checkpoint
+        free = 7 if len(asked) - 1 in full_at else usage(path).free
+        return types.SimpleNamespace(free=free)
+
+    monkeypatch.setattr(shutil, "disk_usage", full)
+    options = "--train.steps 4 --train.checkpoint-every 1".split()
+    try:
+        run_train(*TINY, "--workdir", tmp_path, *options)
+        ended = 0
+    except SystemExit as stop:
+        ended = stop.code
+    warning, *lines = capsys.readouterr().err.splitlines()
+    words = "GB are needed and 7e-09 free); the newest there is"
+    step, newest = min(full_at), min(full_at) - 1
+    folder = tmp_path / "checkpoints"
+    assert warning.startswith(f"warning: {folder}: checkpoint {step} could not be saved (")
+    assert warning.endswith(f"{words} {newest}; the next will be tried")
+    assert ended == status
+    assert checkpoint.steps(tmp_path) == kept
+    assert len(lines) == status
+    if status:
+        assert lines[0].startswith(f"train.py: {folder}: checkpoint 4 could not be saved (")
+
+
+def test_too_little_room_for_the_checkpoints_is_refused(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10**6))
+    line = refused(run_train, *TINY, "--workdir", tmp_path, "--train.steps", "1")
+    words = "train.keep_last: 3 should be smaller, or on a larger disk: a checkpoint takes "
+    assert words in line
+    assert line.endswith("0.001 GB are free")
+
+
+def test_metrics_that_cannot_be_written_are_warned_of_once_and_do_not_end_the_run(
+    tmp_path, monkeypatch, capsys
+):
+    def event(self, step, **content):
+        raise OSError(28, "No space left on device")
+
+    before = log.Writers.event
+    options = "--train.steps 3 --train.sample-every 2".split()
+
+    def first_lines(self, step, **content):
+        return before(self, step, **content) if step == 1 else event(self, step)
+
+    monkeypatch.setattr(log.Writers, "event", first_lines)
+    run_train(*TINY, "--workdir", tmp_path, *options)
+    out = capsys.readouterr().out
+    words = "metrics or pictures are not written ([Errno 28] No space left on device)"
+    assert out.count(words) == 1
+    assert checkpoint.steps(tmp_path)[0] == 3
+
+
+def test_a_stop_before_the_first_step_leaves_nothing(tmp_path, capsys):
+    stop = cli.StopRequest()
+    stop.requested = True
+    config = tiny_config(train=dict(workdir=str(tmp_path / "run")))
+    with pytest.raises(Stopped, match="the same command goes on from the newest checkpoint"):
+        train.train(config, stop)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_is_broken_off_with_its_step_saved(tmp_path, monkeypatch):
+    stop = cli.StopRequest()
+
+    def make_evaluation(config, vae, mesh, check_stop):
+        def evaluate(model):
+            check_stop()
+            stop.requested = True
+            check_stop()
+            raise AssertionError("not broken off")
+
+        return evaluate
+
+    monkeypatch.setattr(train, "make_evaluation", make_evaluation)
+    config = tiny_config(
+        train=dict(workdir=str(tmp_path), steps=5), eval=dict(every=2, inception="x")
+    )
+    with pytest.raises(Stopped):
+        train.train(config, stop)
+    assert checkpoint.newest_intact(tmp_path) == (2, [])
+
+
+def test_what_was_not_yet_written_of_the_metrics_survives_a_stop(tmp_path):
+    """A line is the mean over the steps since the one before, whatever came in between."""
+    flags = "--train.log-every 5 --train.steps".split()
+    run_train(*TINY, "--workdir", tmp_path / "whole", *flags, "10")
+    for steps in (3, 4, 9):
+        with pytest.MonkeyPatch.context() as patch:
+            signal_at(patch, steps, signal.SIGTERM)
+            run_train(*TINY, "--workdir", tmp_path / "run", *flags, "10")
+    whole, parts = rows(tmp_path / "whole"), rows(tmp_path / "run")
+    assert [row["step"] for row in parts] == [5, 10]
+    for name in ("loss", "mse", "vb", "grad_norm"):
+        assert [row[name] for row in parts] == [row[name] for row in whole]
 
 
 def test_sigterm_saves_and_stops(tmp_path):

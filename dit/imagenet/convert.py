@@ -53,6 +53,9 @@ def run(options: Convert) -> None:
         checkpoint.save_weights(out, model, config, names)
     else:
         model, config = checkpoint.load(source)
+        objective = config.objective.name
+        expected = "ddpm: the other layouts do not say for which objective a model is"
+        require(objective == "ddpm", "SOURCE: objective.name", objective, expected)
         write(model, out, options.to)
     size = config.data.image_size
     print(

@@ -43,7 +43,7 @@ import numpy as np
 from dit import metrics
 from dit.data import Dataset, open_dataset, tfds_config
 from dit.files import whole
-from dit.generate import draw_batches, make_condition, make_draw, random_labels
+from dit.generate import Check, draw_batches, make_condition, make_draw, random_labels
 from dit.imagenet.inception import Features, load_inception
 from dit.images import BATCH, open_npz
 from dit.log import say, with_progress
@@ -218,11 +218,13 @@ def write_statistics(path: Path, reference: Statistics) -> None:
 # The evaluation of a training run
 
 
-def make_evaluation(config: Config, vae: Any, mesh: jax.sharding.Mesh) -> Callable[[DiT], Scores]:
+def make_evaluation(
+    config: Config, vae: Any, mesh: jax.sharding.Mesh, check_stop: Check = lambda: None
+) -> Callable[[DiT], Scores]:
     """The function (model) -> scores of `eval.num_samples` fresh samples, drawn on all devices.
 
-    vae is None for pixels. Raises InputError. Each host measures the reference on its own, so that
-    one which refuses it leaves none waiting.
+    vae is None for pixels. `check_stop` is called before each batch. Raises InputError. Each host
+    measures the reference on its own, so that one which refuses it leaves none waiting.
     """
     count, batch_size = config.eval.num_samples, config.eval.batch_size
     warn_of_few(count)
@@ -237,14 +239,14 @@ def make_evaluation(config: Config, vae: Any, mesh: jax.sharding.Mesh) -> Callab
         mesh,
         make_condition(labels, config),
         batch_size,
-        sampler=config.train.sampler,
+        sampler=config.sampler,
         steps=config.train.sample_steps,
         guidance=config.eval.guidance,
         seed=config.train.seed,
     )
 
     def evaluate(model: DiT) -> Scores:
-        batches = draw_batches(draw, model, vae, count, batch_size)
+        batches = draw_batches(draw, model, vae, count, batch_size, check_stop)
         return scores_of(measure(batches, extract), reference)
 
     return evaluate

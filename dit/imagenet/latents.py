@@ -21,6 +21,12 @@ import tyro
 
 from dit import cli
 from dit.config import LATENT_CHANNELS, VAE_FACTOR, LocalPath, PositiveInt, require
+from dit.hosts import (
+    command_refused_together,
+    connect_hosts,
+    ended_together,
+    refused_together,
+)
 
 DatasetName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATASET")]
 
@@ -39,7 +45,8 @@ class MakeLatents:
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported
     cli.use_compilation_cache()
-    with cli.exit_status("dit.imagenet.latents"):
+    joins = cli.joins_hosts(sys.argv[1:])
+    with cli.exit_status("dit.imagenet.latents"), command_refused_together(joins):
         OPTIONS = cli.parse(MakeLatents, sys.argv[1:], "python -m dit.imagenet.latents", __doc__)
 
 import jax
@@ -50,7 +57,6 @@ from jax.experimental import multihost_utils
 from dit.data import tfds_config
 from dit.files import claim_folder, whole
 from dit.generate import num_vae_parts
-from dit.hosts import connect_hosts, refused_together
 from dit.imagenet.vae import VAE, load_vae
 from dit.images import from_uint8
 from dit.log import Progress, say
@@ -213,9 +219,9 @@ def write_info(out: Path, features: Any, split: str, shards: list[Path]) -> int:
 
 def run(options: MakeLatents) -> None:
     """Encodes what the options ask for. Raises InputError."""
-    check(options)
     connect_hosts(options.distributed, "--distributed")
     with refused_together(options.distributed):
+        check(options)
         records, class_names = open_records(options)
         vae = load_vae(options.vae)
     claim(options, vae)
@@ -230,11 +236,12 @@ def run(options: MakeLatents) -> None:
     mesh = local_mesh()
     vae = jax.device_put(vae, replicated(mesh))
     batch_size = options.batch_size * mesh.devices.size
-    for shard in missing:
-        latents = encode_records(vae, records, shard.indices, batch_size, mesh)
-        write_shard(shard.path, features, progress.over(latents))
-    progress.close()
-    multihost_utils.sync_global_devices("all shards are written")
+    with ended_together(options.distributed):
+        for shard in missing:
+            latents = encode_records(vae, records, shard.indices, batch_size, mesh)
+            write_shard(shard.path, features, progress.over(latents))
+        progress.close()
+        multihost_utils.sync_global_devices("all shards are written")
     if jax.process_index() == 0:
         paths = [shard.path for shard in shards]
         count = write_info(Path(options.out), features, split_name(options), paths)
