@@ -8,7 +8,6 @@ function of (--seed, i), whatever the batch size and the number of devices.
 import contextlib
 import dataclasses
 import difflib
-import math
 import os
 import re
 import shutil
@@ -25,7 +24,10 @@ import tyro
 from dit import checkpoint, cli
 from dit.config import (
     Config,
+    Count,
+    Finite,
     InputError,
+    Labels,
     LocalPath,
     PositiveInt,
     Probability,
@@ -51,8 +53,9 @@ class Sample:
     workdir: Source  # such as runs/digits
     classes: tuple[str, ...] = ()  # by number or name; without any all, or ten in a grid
     per_class: PositiveInt = 8  # images of each class
-    num_samples: PositiveInt | None = None  # images of random classes instead; for .npz
-    guidance: float = 1.0  # scale of classifier-free guidance; 1 is none, 4 makes typical pictures
+    num_samples: Count | None = None  # images of random classes instead; for .npz
+    labels: Labels = "random"  # of --num-samples; balanced has equally many of each class
+    guidance: Finite = 1.0  # scale of classifier-free guidance; 1 is none, 4 makes typical pictures
     sampler: Sampler | None = None  # ddpm or ddim, heun or euler for flow; None is the run's
     steps: PositiveInt | None = None  # denoising steps; None is the run's train.sample_steps
     eta: Probability = 0.0  # noise of DDIM, from 0 to DDPM's at 1
@@ -105,7 +108,7 @@ def run(options: Sample) -> Path:
     if options.num_samples is None:
         labels = classes.repeat(options.per_class)
     else:
-        labels = generate.random_labels(options.seed, classes, options.num_samples)
+        labels = generate.draw_labels(options.labels, options.seed, classes, options.num_samples)
 
     model, config = checkpoint.load(workdir, options.ema, replicated(mesh), options.dtype, step)
     draw = generate.make_draw(
@@ -158,7 +161,6 @@ def check(options: Sample, config: Config) -> None:
     require(fits, "--steps", steps, f"from 1 to the model's {timesteps} timesteps")
     is_ddims = options.eta == 0 or sampler == "ddim"
     require(is_ddims, "--eta", options.eta, f"0 with --sampler {sampler}: only ddim has it")
-    require(math.isfinite(options.guidance), "--guidance", options.guidance, "a number")
     fits = guided is None or guided <= channels
     require(fits, "--cfg-channels", guided, f"from 1 to {channels}")
     rises = interval is None or interval[0] < interval[1]

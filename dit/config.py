@@ -7,7 +7,6 @@ text in `--help`. `Config.validate` checks every field, then the relations betwe
 import dataclasses
 import importlib.util
 import json
-import math
 import types
 import typing
 from collections.abc import Callable
@@ -74,19 +73,27 @@ class Range(NamedTuple):
 
 POSITIVE = Range(lambda value: value > 0, "more than 0")
 NON_NEGATIVE = Range(lambda value: value >= 0, "0 or more")
+FINITE = Range(lambda value: abs(value) < 2.0**127, "a finite number, in float32 too")
 
 PositiveInt = Annotated[int, POSITIVE]
 NonNegativeInt = Annotated[int, NON_NEGATIVE]
-PositiveFloat = Annotated[float, POSITIVE]
-NonNegativeFloat = Annotated[float, NON_NEGATIVE]
+Finite = Annotated[float, FINITE]
+PositiveFloat = Annotated[float, POSITIVE, FINITE]
+NonNegativeFloat = Annotated[float, NON_NEGATIVE, FINITE]
 Probability = Annotated[float, Range(lambda value: 0 <= value <= 1, "a probability, from 0 to 1")]
 Decay = Annotated[float, Range(lambda value: 0 <= value < 1, "from 0 to below 1")]
-Finite = Annotated[float, Range(math.isfinite, "a finite number")]
 Seed = Annotated[int, Range(lambda value: 0 <= value < 2**32, "from 0 to 2^32 - 1")]
 Byte = Annotated[int, Range(lambda value: 0 <= value <= 255, "from 0 to 255")]
+Count = Annotated[int, Range(lambda value: 0 < value <= 10**7, "from 1 to 10 million")]
 AtLeastTwo = Annotated[int, Range(lambda value: value > 1, "more than 1")]
 LOCAL = Range(lambda path: "://" not in path, "a path of this host's file system, not of a bucket")
-LocalPath = Annotated[str, LOCAL]
+PATH = Range(lambda path: path != "" and "\0" not in path, "a path")
+FOLDER_NAME = Range(
+    lambda name: name not in ("", ".", "..") and Path(name).name == name,
+    "the name of a folder, not a path",
+)
+AnyPath = Annotated[str, PATH]
+LocalPath = Annotated[str, PATH, LOCAL]
 Workdir = Annotated[LocalPath | None, tyro.conf.arg(aliases=("--workdir",))]
 
 
@@ -97,9 +104,11 @@ Conditioning = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
 Remat = Literal["none", "dots", "full"]
 Variance = Literal["learned_range", "fixed_small", "fixed_large"]
 Sampler = Literal["ddpm", "ddim", "euler", "heun"]
+Labels = Literal["random", "balanced"]
 
 # What one objective has and the other has not: samplers, the first its default, and fields
 SAMPLERS = {"ddpm": ("ddim", "ddpm"), "flow": ("heun", "euler")}
+PROTOCOL = {"ddpm": ("ddpm", 250), "flow": ("heun", 125)}  # sampler and steps of published FIDs
 OWN_FIELDS = {
     "ddpm": ("num_steps", "schedule", "variance", "min_snr_gamma"),
     "flow": ("prediction", "times", "time_mean", "time_std"),
@@ -120,7 +129,7 @@ class Model:
 @dataclass(frozen=True)
 class Objective:
     name: Literal["ddpm", "flow"] = "ddpm"  # denoising diffusion, or flow matching
-    num_steps: PositiveInt = 1000  # ddpm: timesteps T of the diffusion
+    num_steps: AtLeastTwo = 1000  # ddpm: timesteps T of the diffusion
     schedule: Literal["linear", "cosine"] = "linear"  # ddpm: noise schedule
     variance: Variance = "learned_range"  # ddpm: of the reverse process
     min_snr_gamma: PositiveFloat | None = None  # ddpm: weighs the error by min(SNR, gamma) / SNR
@@ -144,9 +153,11 @@ class Data:
     image_size: PositiveInt = 8  # side, in pixels; other sizes are centre-cropped and resized
     channels: Literal[1, 3] = 1  # colours of an image
     num_classes: PositiveInt = 10  # labels are 0 .. num_classes - 1; num_classes is the null class
-    latents: str | None = None  # folder of VAE latents by dit.imagenet.latents; None is pixels
+    latents: AnyPath | None = None  # folder of VAE latents by dit.imagenet.latents; None is pixels
     latent_scale: PositiveFloat = 0.18215  # makes the latents' standard deviation about 1
-    vae: str | None = None  # folder of the VAE that decodes latents; None draws no grids of them
+    vae: AnyPath | None = (
+        None  # folder of the VAE that decodes latents; None draws no grids of them
+    )
     flip: bool = False  # mirror each image with probability 1/2
     mask_classes: Byte = 0  # classes of a layout mask that conditions the model; 0 has no mask
 
@@ -184,7 +195,7 @@ class Train:
     keep_every: NonNegativeInt = 100_000  # checkpoints at multiples of this are kept for good
     sampler: Sampler | None = None  # of the sample grids; None is ddim, or heun for flow
     sample_steps: PositiveInt = 50  # denoising steps of the grids; with heun two forwards each
-    guidance: float = 2.0  # guidance scale of the sample grids; 1 is none
+    guidance: Finite = 2.0  # guidance scale of the sample grids; 1 is none
     wandb: bool = False  # log to Weights & Biases too (needs the `wandb` extra)
     workdir: Workdir = None  # where the run is kept; None is runs/NAME
 
@@ -192,16 +203,19 @@ class Train:
 @dataclass(frozen=True)
 class Eval:
     every: NonNegativeInt = 0  # steps between two measurements of FID and its kin; 0 makes none
-    inception: str | None = None  # the Inception weights that pytorch-fid publishes
-    reference: str | None = None  # statistics (.npz) or a data set; None is the one trained on
+    inception: AnyPath | None = None  # the Inception weights that pytorch-fid publishes
+    reference: AnyPath | None = None  # statistics (.npz) or a data set; None is the one trained on
     num_samples: AtLeastTwo = 10_000  # samples drawn; FID falls with their number, 50,000 are usual
-    guidance: float = 1.0  # guidance scale; 1 is none
+    labels: Labels = "random"  # classes of the samples: drawn at random, or equally many of each
+    sampler: Sampler | None = None  # None is the paper's ddpm, or heun for flow
+    steps: PositiveInt | None = None  # None is as many as give the paper's 250 forwards
+    guidance: Finite = 1.0  # guidance scale; 1 is none
     batch_size: PositiveInt = 256  # samples at a time, over all devices
 
 
 @dataclass(frozen=True)
 class Config:
-    name: str = "dit"  # of the run
+    name: Annotated[str, FOLDER_NAME] = "dit"  # of the run
     model: Model = field(default_factory=Model)
     objective: Objective = field(default_factory=Objective)
     data: Data = field(default_factory=Data)
@@ -226,6 +240,14 @@ class Config:
     def sampler(self) -> str:
         """Of the run: train.sampler, or the objective's default."""
         return self.train.sampler or SAMPLERS[self.objective.name][0]
+
+    @property
+    def protocol(self) -> tuple[str, int]:
+        """Sampler and steps of the evaluation: eval's, or the published ones."""
+        sampler, steps = PROTOCOL[self.objective.name]
+        if self.objective.name == "ddpm":
+            steps = min(steps, self.objective.num_steps)
+        return self.eval.sampler or sampler, self.eval.steps or steps
 
     def validate(self) -> "Config":
         """Returns itself. Raises InputError for the first field that cannot be."""
@@ -318,6 +340,7 @@ def check_objective(config: Config) -> None:
         expected = f"left at {default!r}: it is {other}'s, and objective.name is {objective.name}"
         require(value == default, f"objective.{name}", value, expected)
     check_sampler("train.sampler", sampler, objective)
+    check_sampler("eval.sampler", config.protocol[0], objective)
     if objective.name == "flow":
         return
     timesteps = objective.num_steps
@@ -325,6 +348,7 @@ def check_objective(config: Config) -> None:
     require(long_enough, "objective.num_steps", timesteps, "more than 20 with the linear schedule")
     few = f"at most objective.num_steps = {timesteps}"
     require(steps <= timesteps, "train.sample_steps", steps, few)
+    require(config.protocol[1] <= timesteps, "eval.steps", config.eval.steps, few)
 
 
 def check_sampler(name: str, sampler: str, objective: Objective) -> None:

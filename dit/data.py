@@ -95,6 +95,7 @@ def open_digits(config: Data) -> Dataset:
     require(shape == (8, 1), "data.image_size and data.channels", shape, expected)
     masks = config.mask_classes
     require(masks in (0, 2), "data.mask_classes", masks, "2 for 'digits': paper and ink")
+    require(config.split == "train", "data.split", config.split, "train: 'digits' has no other")
 
     from sklearn.datasets import load_digits
 

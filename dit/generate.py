@@ -49,6 +49,13 @@ def random_labels(seed: int, classes: np.ndarray, count: int) -> np.ndarray:
     return np.asarray(classes, np.int32)[jax.vmap(pick)(keys)]
 
 
+def draw_labels(how: str, seed: int, classes: np.ndarray, count: int) -> np.ndarray:
+    """Labels `[count]`: `random` ones, or `balanced`: equally many of each class, up to one."""
+    if how == "random":
+        return random_labels(seed, classes, count)
+    return np.asarray(classes, np.int32)[np.arange(count) % len(classes)]
+
+
 def make_condition(
     labels: np.ndarray, config: Config, mask: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:

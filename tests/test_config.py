@@ -76,9 +76,14 @@ RANGES = {  # annotation: values outside, values inside, how the range is named
     dit_config.NonNegativeInt: ([-1], [0], "0 or more"),
     dit_config.PositiveFloat: ([0.0, -0.5, math.nan], [1e-9], "more than 0"),
     dit_config.NonNegativeFloat: ([-1e-9, math.nan], [0.0], "0 or more"),
+    dit_config.AnyPath: (["", "a\0b"], ["a", "a/b"], "a path"),
     dit_config.Probability: ([-0.1, 1.1, math.nan], [0.0, 1.0], "a probability, from 0 to 1"),
     dit_config.Decay: ([-0.1, 1.0, math.nan], [0.0, 0.9999], "from 0 to below 1"),
-    dit_config.Finite: ([math.nan, math.inf], [-2.0], "a finite number"),
+    dit_config.Finite: (
+        [math.nan, math.inf, -math.inf, 1e39],
+        [-2.0, 1e38],
+        "a finite number, in float32 too",
+    ),
     dit_config.Seed: ([-1, 2**32], [0, 2**32 - 1], "from 0 to 2^32 - 1"),
     dit_config.Byte: ([-1, 256], [0, 255], "from 0 to 255"),
     dit_config.AtLeastTwo: ([1], [2], "more than 1"),
@@ -102,7 +107,7 @@ def test_every_annotation_with_a_range_is_used_and_in_the_table():
 
 def test_every_number_has_a_range_but_those_that_may_be_anything():
     free = {name for name, hint in fields().items() if alias_of(hint) in (int, float)}
-    assert free == {"mesh.data", "train.guidance", "eval.guidance"}
+    assert free == {"mesh.data"}
 
 
 RANGED = [name for name, hint in fields().items() if alias_of(hint) in RANGES]
@@ -117,6 +122,33 @@ def test_a_field_keeps_to_its_range_and_names_it(name):
         with pytest.raises(InputError) as refusal:
             check(name, value)
         assert str(refusal.value) == f"{name}: {value!r} should be {words}"
+
+
+@pytest.mark.parametrize("value", [math.inf, 1e39])
+@pytest.mark.parametrize("name", ["model.mlp_ratio", "optim.grad_clip", "optim.learning_rate"])
+def test_a_number_is_finite_in_float32(name, value):
+    with pytest.raises(InputError, match=f"^{name}: .* should be a finite number, in float32 too"):
+        check(name, value)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", "/x"])
+def test_a_run_has_the_name_of_a_folder(name):
+    with pytest.raises(InputError, match="^name: .* should be the name of a folder, not a path"):
+        check_fields(Config(name=name))
+
+
+def test_scores_are_made_as_the_published_ones_unless_told_otherwise():
+    flow = dict(name="flow")
+    assert Config().protocol == ("ddpm", 250)
+    assert replace(Config(), objective=flow).protocol == ("heun", 125)
+    assert replace(Config(), objective=dict(num_steps=101)).protocol == ("ddpm", 101)
+    assert replace(Config(), eval=dict(sampler="ddim", steps=50)).protocol == ("ddim", 50)
+    for evaluation, words in [
+        (dict(sampler="heun"), "eval.sampler"),
+        (dict(steps=1001), "eval.steps"),
+    ]:
+        with pytest.raises(InputError, match=f"^{words}: "):
+            replace(Config(), eval=evaluation).validate()
 
 
 @pytest.mark.parametrize("name, hint", fields().items())

@@ -43,7 +43,7 @@ import numpy as np
 from dit import metrics
 from dit.data import Dataset, open_dataset, tfds_config
 from dit.files import whole
-from dit.generate import Check, draw_batches, make_condition, make_draw, random_labels
+from dit.generate import Check, draw_batches, draw_labels, make_condition, make_draw
 from dit.imagenet.inception import Features, load_inception
 from dit.images import BATCH, open_npz
 from dit.log import say, with_progress
@@ -161,11 +161,11 @@ def dataset_batches(dataset: Dataset) -> Iterator[np.ndarray]:
 
 def read_reference(option: str, path: Path, extract: Extract) -> Statistics:
     """The reference in an .npz. Statistics go before those of the images beside them."""
-    names, pool, spatial = read_statistics(option, path)
+    names, pool, spatial, rows = read_statistics(option, path)
     if "arr_0" not in names:
         expected = "mu and sigma, or images in arr_0"
         require(pool is not None, f"{option}: {path}", sorted(names), expected)
-        return Statistics(pool, spatial)
+        return Statistics(pool, spatial, rows)
     shape, batches = open_npz(path)
     require(shape[0] > 1, f"{option}: {path}: arr_0", list(shape), "more than one image")
     measured = measure(with_progress(batches, shape[0]), extract, REFERENCES)
@@ -174,20 +174,29 @@ def read_reference(option: str, path: Path, extract: Extract) -> Statistics:
     return Statistics(pool, spatial, measured.pool_rows)
 
 
-def read_statistics(option: str, path: Path) -> tuple[set[str], Gaussian | None, Gaussian | None]:
-    """The names in an .npz, and its Gaussians of pooled and of spatial features, if any."""
+def read_statistics(
+    option: str, path: Path
+) -> tuple[set[str], Gaussian | None, Gaussian | None, np.ndarray | None]:
+    """The names in an .npz, its Gaussians of pooled and of spatial features, and pooled features
+    `[N, 2048]`, each if any.
+    """
     try:
         with np.load(path) as file:
             names = set(file.files)
             pool = read_gaussian(file, "mu", "sigma")
             spatial = read_gaussian(file, "mu_s", "sigma_s")
+            rows = file["features"] if "features" in names else None
     except UNREADABLE as error:
         raise InputError(
             f"{option}: {str(path)!r} should be an .npz of statistics or images ({one_line(error)})"
         ) from error
     check_gaussian(f"{option}: {path}: mu", pool, POOL_FEATURES)
     check_gaussian(f"{option}: {path}: mu_s", spatial, SPATIAL_FEATURES)
-    return names, pool, spatial
+    if rows is not None:
+        shape, expected = list(rows.shape), f"[N, {POOL_FEATURES}] and finite"
+        fits = rows.ndim == 2 and rows.shape[1] == POOL_FEATURES and np.isfinite(rows).all()
+        require(fits, f"{option}: {path}: features", shape, expected)
+    return names, pool, spatial, rows
 
 
 def read_gaussian(file: Any, mean: str, covariance: str) -> Gaussian | None:
@@ -209,10 +218,13 @@ def check_gaussian(name: str, gaussian: Gaussian | None, size: int) -> None:
 
 
 def write_statistics(path: Path, reference: Statistics) -> None:
-    """Writes a reference's statistics as ADM's evaluator names them."""
+    """Writes a reference's statistics as ADM's evaluator names them, and features for precision
+    and recall.
+    """
     (mu, sigma), (mu_s, sigma_s) = reference.pool, reference.spatial
+    arrays = dict(mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, features=reference.pool_rows)
     with whole(path) as unfinished, unfinished.open("wb") as file:
-        np.savez(file, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+        np.savez(file, **arrays)
 
 
 # The evaluation of a training run
@@ -233,14 +245,21 @@ def make_evaluation(
     split, size = config.data.split, config.data.image_size
     extract_here = make_extract(config.eval.inception, local_mesh())
     reference = open_reference("eval.reference", name, split, size, extract_here)
-    labels = random_labels(config.train.seed, np.arange(config.data.num_classes), count)
+    labels = draw_labels(
+        config.eval.labels, config.train.seed, np.arange(config.data.num_classes), count
+    )
+    sampler, steps = config.protocol
+    say(
+        f"scores are of {count:,} samples by {sampler} in {steps} steps, guidance "
+        f"{config.eval.guidance:g}, {config.eval.labels} labels"
+    )
     draw = make_draw(
         config,
         mesh,
         make_condition(labels, config),
         batch_size,
-        sampler=config.sampler,
-        steps=config.train.sample_steps,
+        sampler=sampler,
+        steps=steps,
         guidance=config.eval.guidance,
         seed=config.train.seed,
     )
