@@ -127,6 +127,15 @@ class DiT(nn.Module):
 # Its peers
 
 
+def stub_torchvision() -> None:
+    """Lets diffusers be imported beside a CPU build of torch.
+
+    torchvision registers operators which that lacks, and which nothing needs here.
+    """
+    name = "torchvision._meta_registrations"
+    sys.modules.setdefault(name, types.ModuleType(name))
+
+
 def import_peer(peer: str) -> Callable[[Config], nn.Module]:
     """What makes the model of a config's sizes: x `[B, C, H, W]`, t and y to `[B, 2C, H, W]`.
 
@@ -135,9 +144,7 @@ def import_peer(peer: str) -> Callable[[Config], nn.Module]:
     if peer == "torch_dit":
         return DiT
     if peer == "diffusers":
-        # which a CPU build of torch lacks the operators for; nothing needs them here
-        stub = "torchvision._meta_registrations"
-        sys.modules.setdefault(stub, types.ModuleType(stub))
+        stub_torchvision()
         from diffusers import DiTTransformer2DModel
 
         return partial(make_diffusers, DiTTransformer2DModel)

@@ -5,16 +5,20 @@ import sys
 from functools import partial
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+import sampling as benchmarked
 import scaling
 import table
 import train_step
-from conftest import tiny_config
+from conftest import awaken, tiny_config
 
-from dit import cli, sharding
+from dit import cli, sampling, sharding
 from dit.config import replace
+from dit.imagenet.diffusers import write_diffusers
 from dit.model import count_parameters
-from dit.state import make_init
+from dit.state import make_init, make_model, make_objective
 
 TINY = """--presets digits --model.hidden-size 20 --model.num-heads 5 --model.depth 2
     --train.batch-size 2 --steps 1 --rounds 1""".split()
@@ -142,6 +146,73 @@ def test_peers_need_pytorch(refused, monkeypatch):
     assert "--peer: 'torch_dit' should be installed" in refused(
         partial(run, train_step), "train_step.py"
     )
+
+
+# sampling.py
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_the_pipeline_makes_the_images_that_ours_makes(tmp_path, monkeypatch, guidance):
+    """By DDIM on all timesteps: on fewer, diffusers steps to times that it does not visit."""
+    import torch
+    from torch_dit import stub_torchvision
+
+    stub_torchvision()
+    from diffusers.pipelines.dit import pipeline_dit
+
+    config = tiny_config(
+        objective=dict(num_steps=11),
+        data=dict(latents="x", image_size=64, num_classes=1000),
+    )
+    model = awaken(make_model(config, jax.random.key(0)))
+    write_diffusers(tmp_path / "weights", model)
+    labels, keys = [3, 207, 999], sampling.sample_keys(0, jnp.arange(3))
+    condition = {"y": jnp.array(labels)}
+    scale = None if guidance == 1 else guidance
+    denoise = sampling.guided(model, condition, {"y": jnp.full(3, 1000)}, scale)
+    ours = sampling.ddim(make_objective(config), denoise, keys, (8, 8, 4), 11)
+
+    noise = np.asarray(sampling.sample_noise(keys, 11, (8, 8, 4)))
+    start = torch.tensor(noise).permute(0, 3, 1, 2)
+    monkeypatch.setattr(pipeline_dit, "randn_tensor", lambda **options: start)
+    pipeline = benchmarked.make_pipeline(tmp_path / "weights", config, "ddim")
+    size = float(jnp.abs(ours).max())  # the pipeline clips what it returns to [-1, 1]
+    monkeypatch.setattr(benchmarked.NoVAE.config, "scaling_factor", size)
+    theirs = pipeline(labels, guidance, num_inference_steps=11, output_type="np").images
+    np.testing.assert_allclose(size * (2 * theirs - 1), ours, atol=1e-5 * size)
+    assert float(ours.std()) > 0.1 * size
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_ours_and_the_pipeline_take_turns(tmp_path, capfd, sampler):
+    path = tmp_path / "rows.jsonl"
+    sizes = "--model.hidden-size 20 --model.num-heads 5 --model.depth 2 --num-samples 2".split()
+    argv = ["--sampler", sampler, *"--steps 3 --rounds 2".split(), *sizes, "--json", str(path)]
+    peers = ["--peer-dtypes", "float32", "bfloat16"]
+    run(benchmarked, "sampling.py", *argv, *peers)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["peer"] for row in rows] == ["DiTPipeline, float32", "DiTPipeline, bfloat16"]
+    case = f"digits, {sampler} 3, guidance 4, float32, batch 2"
+    for row in rows:
+        assert (row["benchmark"], row["case"], row["unit"]) == ("sampling", case, "images/s")
+        assert row["ratio"] == row["figure"] / row["peer_figure"]
+    printed = [line for line in capfd.readouterr().out.splitlines() if line.startswith(case)]
+    sides = [line.removeprefix(case + ": ").split()[0] for line in printed]
+    assert sides == ["ours", "DiTPipeline,", "DiTPipeline,"] * 2
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--presets", "digits_layout"], "data.mask_classes"),
+        (["--steps", "1001"], "--steps: 1001 should be from 1 to the model's 1000 timesteps"),
+        (["--sampler", "heun"], "--sampler"),
+    ],
+)
+def test_what_the_pipeline_cannot_sample_is_refused(refused, argv, words):
+    assert words in refused(partial(run, benchmarked), "sampling.py", *argv)
 
 
 # scaling.py
