@@ -394,7 +394,7 @@ DEPTH = 3
 
 def step_config(fsdp: int, accumulate=1, dtype="float32", **model) -> Config:
     return tiny_config(
-        model=dict(hidden_size=40, depth=DEPTH, num_heads=4) | model,
+        model=dict(hidden_size=40, depth=DEPTH, num_heads=5) | model,
         data=dict(flip=False),
         objective=dict(variance="fixed_small"),
         optim=dict(accumulate=accumulate),
