@@ -11,14 +11,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import operator
+import re
 import time
 import warnings
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit.config import Config, InputError, from_json, replace, require
-from dit.files import whole
+from dit.config import (
+    Config,
+    InputError,
+    PositiveInt,
+    check_value,
+    from_json,
+    one_line,
+    replace,
+    require,
+)
+from dit.files import naming, read_json, whole
 
 if TYPE_CHECKING:
     import jax
@@ -34,9 +44,10 @@ CHECKSUMS = "checksums.json"
 
 
 def steps(workdir: Path) -> list[int]:
-    """The steps whose checkpoints were completed, newest first."""
-    names = [path.name for path in (workdir / "checkpoints").glob("*")]
-    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+    """The steps whose checkpoints were completed, newest first. Other folders are ignored."""
+    names = [path.name for path in (workdir / "checkpoints").glob("*/")]
+    numbers = [int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)]
+    return sorted(numbers, reverse=True)
 
 
 def step_folder(workdir: Path, step: int) -> Path:
@@ -44,7 +55,10 @@ def step_folder(workdir: Path, step: int) -> Path:
 
 
 def checksums(folder: Path) -> dict[str, list[int]]:
-    """{file: [bytes, crc32]} of the items of a checkpoint."""
+    """{file: [bytes, crc32]} of the items of a checkpoint.
+
+    What lies beside them Orbax writes last, and nobody needs: a note of its own and a time.
+    """
     files = {}
     for path in sorted(path for path in folder.glob("*/**/*") if path.is_file()):
         crc = 0
@@ -58,10 +72,14 @@ def checksums(folder: Path) -> dict[str, list[int]]:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        written = json.loads((folder / CHECKSUMS).read_text())
-    except (OSError, ValueError):
+        stored = read_json(folder / CHECKSUMS)
+        written = {name: [int(size), int(crc)] for name, (size, crc) in stored.items()}
+    except (ValueError, TypeError, ArithmeticError):
         return f"{CHECKSUMS} is missing or damaged"
-    present = checksums(folder)
+    try:
+        present = checksums(folder)
+    except OSError as error:
+        return f"it cannot be read: {one_line(error)}"
     for name, (size, crc) in written.items():
         if name not in present:
             return f"{name} is missing"
@@ -69,6 +87,9 @@ def damage(folder: Path) -> str | None:
             return f"{name} is truncated"
         if present[name] != [size, crc]:
             return f"{name} is damaged"
+    for name in present:
+        if name not in written:
+            return f"{name} has no checksum"
     return None
 
 
@@ -98,7 +119,11 @@ def check_layout(workdir: Path, step: int) -> None:
 
 
 def stored_config(workdir: Path, step: int) -> Config:
-    return from_json((step_folder(workdir, step) / "config/metadata").read_text())
+    """The config of a checkpoint. Raises InputError."""
+    path = step_folder(workdir, step) / "config/metadata"
+    values = read_json(path)
+    with naming(path):
+        return from_json(values)
 
 
 def dataset_facts(class_names: tuple[str, ...], num_examples: int | None) -> dict[str, Any]:
@@ -107,8 +132,17 @@ def dataset_facts(class_names: tuple[str, ...], num_examples: int | None) -> dic
 
 
 def stored_dataset(workdir: Path, step: int) -> dict[str, Any]:
-    """The `dataset_facts` of a checkpoint."""
-    return json.loads((step_folder(workdir, step) / "dataset/metadata").read_text())
+    """The `dataset_facts` of a checkpoint. Raises InputError."""
+    path = step_folder(workdir, step) / "dataset/metadata"
+    facts = read_json(path)
+    are_facts = facts.keys() == dataset_facts((), None).keys()
+    require(are_facts, str(path), sorted(facts), "class_names and num_examples")
+    names, count = facts["class_names"], stored_config(workdir, step).data.num_classes
+    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    fits = are_names and len(names) == count
+    require(fits, f"{path}: class_names", names, f"the names of {count} classes")
+    check_value(f"{path}: num_examples", facts["num_examples"], PositiveInt | None)
+    return facts
 
 
 # Which run may go on
@@ -203,7 +237,13 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(kept),
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        try:
+            self.manager = ocp.CheckpointManager(self.folder, options=options)
+        except (ValueError, TypeError, ArithmeticError) as error:
+            raise InputError(
+                f"train.workdir: {str(self.folder)!r} should hold checkpoints whose "
+                f"_CHECKPOINT_METADATA is missing or Orbax's ({one_line(error)})"
+            ) from error
         self.saving = None
 
     def __enter__(self) -> Checkpoints:
@@ -242,18 +282,52 @@ class Checkpoints:
 
 
 def restore(workdir: Path, step: int, target: State) -> State:
-    """The state of a step, in the shapes, types and shardings of the target."""
-    import orbax.checkpoint as ocp
-
+    """The state of a step, in the shapes, types and shardings of the target. Raises InputError."""
     from dit.state import State
 
     folder = step_folder(workdir, step)
-    reader = ocp.StandardCheckpointer()
     optimizer = {"step": target.step, "opt_state": target.opt_state}
-    model = reader.restore(folder / "model", target.model)
-    ema = reader.restore(folder / "ema", target.ema)
-    optimizer = reader.restore(folder / "optimizer", optimizer)
+    model = restore_item(folder / "model", target.model)
+    ema = restore_item(folder / "ema", target.ema)
+    optimizer = restore_item(folder / "optimizer", optimizer)
+    found = int(optimizer["step"])
+    require(found == step, f"{folder}: step", found, f"{step}, the name of the folder")
     return State(optimizer["step"], model, ema, optimizer["opt_state"])
+
+
+def restore_item(folder: Path, target: Any) -> Any:
+    """An item of a checkpoint, in the shapes, types and shardings of the target.
+
+    Raises InputError for arrays that are not the target's, before any is read.
+    """
+    import orbax.checkpoint as ocp
+
+    try:
+        stored = arrays_by_name(ocp.StandardCheckpointHandler().metadata(folder).tree)
+        expected = arrays_by_name(target)
+        for name in sorted(stored.keys() | expected.keys()):
+            found, wanted = stored.get(name, "nothing"), expected.get(name, "nothing")
+            is_same = found == wanted
+            require(is_same, f"{folder}: {name}", found, f"{wanted}, as its config says")
+        return ocp.StandardCheckpointer().restore(folder, target)
+    except InputError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise errors of their own
+        raise InputError(
+            f"{folder}: should be arrays that Orbax reads ({type(error).__name__}: "
+            f"{one_line(error)[:120]})"
+        ) from error
+
+
+def arrays_by_name(tree: Any) -> dict[str, str]:
+    """{"blocks.mlp.up.kernel.value": "float32[2, 20, 80]", ...} of arrays or their metadata."""
+    import jax
+
+    arrays = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        arrays[name] = f"{leaf.dtype}{list(leaf.shape)}"
+    return arrays
 
 
 def load(
@@ -270,7 +344,6 @@ def load(
     intact; None looks for the newest and warns of damaged ones. Raises InputError.
     """
     import jax
-    import orbax.checkpoint as ocp
 
     from dit.state import make_model, with_shardings
 
@@ -287,7 +360,7 @@ def load(
     shapes = jax.eval_shape(lambda: make_model(config, jax.random.key(0)))
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = with_shardings(shapes, jax.tree.map(lambda leaf: sharding, shapes))
-    return ocp.StandardCheckpointer().restore(item, target), config
+    return restore_item(item, target), config
 
 
 def save_weights(path: Path, model: DiT, config: Config, class_names: tuple[str, ...]) -> None:

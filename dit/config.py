@@ -18,6 +18,8 @@ import tyro
 
 VAE_FACTOR = 8  # pixels of an image to one of its latents, along a side
 LATENT_CHANNELS = 4
+MAX_SIDE = 4096  # of an image, in pixels
+MAX_STEPS = 1_000_000  # of a diffusion or a sampler, whose tables hold a row for each
 
 # The paper's twelve sizes (Peebles & Xie, Table 1)
 PRESETS = {
@@ -199,6 +201,7 @@ class Config:
         check_fields(self)
         check_model(self)
         check_masks(self)
+        check_sizes(self)
         check_evaluation(self)
         check_run(self)
         return self
@@ -207,12 +210,27 @@ class Config:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
 
-def from_json(text: str) -> Config:
-    """The config that `to_json` wrote."""
-    values = json.loads(text)
-    sections = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name != "name"}
-    found = {name: section(**values.get(name, {})) for name, section in sections.items()}
-    return Config(name=values["name"], **found)
+def from_json(values: dict[str, Any]) -> Config:
+    """The config of the JSON object that `to_json` writes. Raises InputError.
+
+    A field that is missing, as in an older version's, has its default.
+    """
+    config = from_fields(Config, values)
+    replace(config, train=dict(wandb=False)).validate()  # it need not be installed here
+    return config
+
+
+def from_fields(kind: type, values: Any, prefix: str = "") -> Any:
+    """A dataclass whose fields, and those of its sections, come from a JSON object."""
+    require(isinstance(values, dict), prefix.rstrip("."), values, "an object of fields")
+    hints = typing.get_type_hints(kind)
+    fields = {}
+    for name, value in values.items():
+        require(name in hints, prefix + name, value, "left out: this version has no such field")
+        is_section = dataclasses.is_dataclass(hints[name])
+        section = f"{prefix}{name}."
+        fields[name] = from_fields(hints[name], value, section) if is_section else value
+    return kind(**fields)
 
 
 def replace(config: Config, **sections: dict[str, Any]) -> Config:
@@ -257,6 +275,8 @@ def check_value(name: str, value: Any, hint: Any) -> None:
         is_bool = isinstance(value, bool) and hint is not bool  # an int, to Python
         fits = is_float or (is_type and not is_bool)
         require(fits, name, value, f"of type {hint.__name__}")
+        is_finite = hint not in (int, float) or abs(value) < 2.0**128  # in float32; nan is not
+        require(is_finite, name, value, "a finite number")
 
 
 # Relations between fields
@@ -286,6 +306,16 @@ def check_masks(config: Config) -> None:
     require(not config.data.latents, "data.mask_classes", masks, "0 with data.latents")
     enough = f"at least objective.label_dropout = {label_dropout}: a label goes with its mask"
     require(mask_dropout >= label_dropout, "objective.mask_dropout", mask_dropout, enough)
+
+
+def check_sizes(config: Config) -> None:
+    """Bounds what no parameter's shape says: a stored config can claim any of it."""
+    for name, value, most in [
+        ("data.image_size", config.data.image_size, MAX_SIDE),
+        ("objective.num_steps", config.objective.num_steps, MAX_STEPS),
+        ("train.sample_steps", config.train.sample_steps, MAX_STEPS),
+    ]:
+        require(value <= most, name, value, f"at most {most}")
 
 
 def check_evaluation(config: Config) -> None:

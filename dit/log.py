@@ -243,19 +243,30 @@ def start_wandb(config: Config) -> Any:
 
 
 def drop_metrics_after(path: Path, step: int) -> None:
-    """Drops metrics logged after `step`: a resumed run will log them again."""
+    """Drops metrics logged after `step`, which a resumed run logs again, and damaged lines."""
     if not path.exists():
         return
-    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-    kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+    kept = [line + "\n" for line, row in read_metrics(path) if row["step"] <= step]
     path.write_text("".join(kept))
+
+
+def read_metrics(path: Path) -> Iterator[tuple[str, Metrics]]:
+    """The lines of a metrics.jsonl and their rows, without those that are not as written."""
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line, parse_int=float)
+        except (ValueError, RecursionError):
+            continue
+        is_row = isinstance(row, dict) and {"step", "loss"} <= row.keys()
+        if is_row and all(isinstance(value, float) for value in row.values()):
+            yield line, row
 
 
 def plot_loss(workdir: Path) -> None:
     """`loss.png` from `metrics.jsonl`: the loss and its two parts against the step."""
     from matplotlib.figure import Figure
 
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for _, row in read_metrics(workdir / "metrics.jsonl")]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     labels = {
@@ -265,7 +276,8 @@ def plot_loss(workdir: Path) -> None:
     }
     steps = [row["step"] for row in rows]
     for name, label in labels.items():
-        axes.plot(steps, [row[name] for row in rows], label=label, linewidth=1)
+        if all(name in row for row in rows):
+            axes.plot(steps, [row[name] for row in rows], label=label, linewidth=1)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -1,5 +1,6 @@
 import dataclasses
 import importlib.util
+import json
 import math
 import types
 import typing
@@ -41,13 +42,37 @@ def check(name: str, value) -> None:
 def test_every_preset_is_valid_and_survives_json(name):
     preset = load_preset(name).validate()
     assert preset.name == name
-    assert dit_config.from_json(preset.to_json()) == preset
+    assert dit_config.from_json(json.loads(preset.to_json())) == preset
 
 
 def test_json_of_before_a_field_was_added_gives_its_default():
-    assert dit_config.from_json('{"name": "x", "model": {"depth": 3}}') == Config(
-        name="x", model=Model(depth=3)
-    )
+    values = {"name": "x", "model": {"depth": 3}}
+    assert dit_config.from_json(values) == Config(name="x", model=Model(depth=3))
+    assert dit_config.from_json({}) == Config()
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"size": 3}, "size: 3 should be left out: this version has no such field"),
+        ({"model": {"width": 3}}, "model.width: 3 should be left out: this version has no such"),
+        ({"model": {"input_shape": 3}}, "model.input_shape: 3 should be left out"),
+        ({"model": 3}, "model: 3 should be an object of fields"),
+        ({"train": []}, "train: [] should be an object of fields"),
+        ({"name": None}, "name: None should be of type str"),
+        ({"train": {"steps": "ten"}}, "train.steps: 'ten' should be of type int"),
+        ({"model": {"num_heads": 5}}, "model.hidden_size: 384 should be a multiple of num_heads"),
+    ],
+)
+def test_json_that_is_no_config_of_this_version_is_refused_by_the_field(values, words):
+    with pytest.raises(InputError) as refusal:
+        dit_config.from_json(values)
+    assert str(refusal.value).startswith(words)
+
+
+def test_json_of_a_run_with_wandb_is_read_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert dit_config.from_json({"train": {"wandb": True}}).train.wandb
 
 
 def test_replace_changes_the_fields_named_and_no_other():
@@ -89,6 +114,16 @@ def alias_of(hint):
     return typing.get_args(hint)[0] if is_optional(hint) else hint
 
 
+def base_type(hint):
+    """`int`, for `PositiveInt | None`."""
+    hint = alias_of(hint)
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+
+
+def is_number(hint) -> bool:
+    return base_type(hint) in (int, float)
+
+
 def test_every_annotation_with_a_range_is_used_and_in_the_table():
     with_range = {
         alias_of(hint)
@@ -115,7 +150,20 @@ def test_a_field_keeps_to_its_range_and_names_it(name):
     for value in outside:
         with pytest.raises(InputError) as refusal:
             check(name, value)
-        assert str(refusal.value) == f"{name}: {value!r} should be {words}"
+        expected = words if math.isfinite(value) else "a finite number"
+        assert str(refusal.value) == f"{name}: {value!r} should be {expected}"
+
+
+NUMBERS = [name for name, hint in fields().items() if is_number(hint)]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_is_finite_as_float32_has_it(name):
+    is_float = base_type(fields()[name]) is float
+    for value in [10**400, *([math.nan, math.inf, -math.inf, 1e39] if is_float else [])]:
+        with pytest.raises(InputError) as refusal:
+            check(name, value)
+        assert str(refusal.value) == f"{name}: {value!r} should be a finite number"
 
 
 @pytest.mark.parametrize("name, hint", fields().items())
@@ -185,6 +233,15 @@ LATENTS = dict(latents="x", image_size=48)
 @pytest.mark.parametrize(
     "sections, words",
     [
+        (dict(data=dict(image_size=4098)), "data.image_size: 4098 should be at most 4096"),
+        (
+            dict(objective=dict(num_steps=1_000_001)),
+            "objective.num_steps: 1000001 should be at most 1000000",
+        ),
+        (
+            dict(train=dict(sample_steps=1_000_001)),
+            "train.sample_steps: 1000001 should be at most 1000000",
+        ),
         (
             dict(data=dict(image_size=9)),
             "data.image_size: 9 should be a multiple of model.patch_size = 2",

@@ -196,7 +196,7 @@ def test_classes_go_by_number_name_or_synonym():
         (["--out", "nowhere/x.png"], "--out: 'nowhere/x.png' should be in a folder that exists"),
         (["--sampler", "euler"], "--sampler"),
         (["--dtype", "float16"], "--dtype"),
-        (["--guidance", "nan"], "--guidance: nan should be a number"),
+        (["--guidance", "nan"], "--guidance: nan should be a finite number"),
         (
             ["--guidance-interval", "500", "100"],
             "--guidance-interval: (500.0, 100.0) should be LOW and a HIGH above it",
