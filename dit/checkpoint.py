@@ -239,7 +239,7 @@ class Checkpoints:
         )
         try:
             self.manager = ocp.CheckpointManager(self.folder, options=options)
-        except (ValueError, TypeError, ArithmeticError) as error:
+        except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
             raise InputError(
                 f"train.workdir: {str(self.folder)!r} should hold checkpoints whose "
                 f"_CHECKPOINT_METADATA is missing or Orbax's ({one_line(error)})"

@@ -245,6 +245,10 @@ FAULTS = [
         "x.safetensors: data.num_classes: 0 should be more than 0",
     ),
     (
+        having("pos_embed", np.zeros((1, 9, 1))),
+        "pos_embed: (1, 9, 1) should be of the width 52, that of x_embedder.proj.weight",
+    ),
+    (
         having("x_embedder.proj.weight", np.zeros((52, 3, 2, 2))),
         "x_embedder.proj.weight: (52, 3, 2, 2) should be of a model of 4 latent channels",
     ),
@@ -304,6 +308,7 @@ def test_a_config_that_describes_no_dit_is_refused(refused, ours, tmp_path):
     for change, words in [
         (dict(num_layers="three"), "num_layers: 'three' should be of type int"),
         (dict(num_layers=300), f"num_layers: 300 should be 3, the blocks in {source}"),
+        (dict(attention_head_dim=8), f"{source}: pos_embed.proj.weight: (52, 4, 2, 2) should be"),
         (dict(patch_size=0), "patch_size: 0 should be more than 0"),
         (dict(patch_size=2.0), "patch_size: 2.0 should be of type int"),
         (dict(num_attention_heads=-13, attention_head_dim=-4), "heads: -13 should be more than 0"),
@@ -402,7 +407,7 @@ def test_a_vae_goes_through_a_file(tmp_path):
         (dict(norm_num_groups=5), "should describe an AutoencoderKL"),
         (dict(block_out_channels=[8, 8, 12, True]), "should be 4 widths, for a factor of 8"),
         (dict(layers_per_block=3), "layers_per_block: 3 should be as many as the 184 tensors fill"),
-        (dict(layers_per_block=2), "has shape"),
+        (dict(layers_per_block=2), "up_blocks.0.resnets.2.conv1.bias is missing"),
         (dict(layers_per_block=True), "layers_per_block: True should be as many as the 184"),
         (dict(layers_per_block="one"), "layers_per_block: 'one' should be as many as the 184"),
         (dict(layers_per_block=0), "layers_per_block: 0 should be as many as the 184 tensors"),

@@ -86,9 +86,7 @@ def read_diffusers(folder: Path) -> tuple[Tensors, int]:
     source = files.weights_file(folder)
     sizes = read_sizes(folder)
     tensors = files.read_tensors(source)
-    found = files.count_blocks(tensors, "transformer_blocks")
-    name = f"{folder / 'config.json'}: num_layers"
-    require(sizes["depth"] == found, name, sizes["depth"], f"{found}, the blocks in {source}")
+    hold_sizes(sizes, tensors, folder / "config.json", source)
     model = jax.eval_shape(lambda: DiT(**sizes, rngs=nnx.Rngs(0)))
     tensors.pop("pos_embed.pos_embed", None)  # older files keep the fixed positions
     expected = jax.eval_shape(to_official, model)
@@ -103,6 +101,17 @@ def read_diffusers(folder: Path) -> tuple[Tensors, int]:
             check_copies(names, parts, source)
             official[name] = parts[0]
     return official, model.num_heads
+
+
+def hold_sizes(sizes: dict[str, Any], tensors: Tensors, path: Path, source: Path) -> None:
+    """Holds what the config claims against the tensors, before a model of that size is built."""
+    depth, found = sizes["depth"], files.count_blocks(tensors, "transformer_blocks")
+    require(depth == found, f"{path}: num_layers", depth, f"{found}, the blocks in {source}")
+    D, C, p = (sizes[name] for name in ("hidden_size", "in_channels", "patch_size"))
+    name = "pos_embed.proj.weight"
+    shape = tensors[name].shape if name in tensors else None
+    expected = f"of shape {(D, C, p, p)}, as {path} says"
+    require(shape == (D, C, p, p), f"{source}: {name}", shape, expected)
 
 
 def check_copies(names: list[str], copies: list[np.ndarray], source: Path) -> None:

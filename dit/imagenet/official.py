@@ -88,13 +88,16 @@ def infer_config(tensors: Tensors, num_heads: int | None, source: Path) -> Confi
     D, C, p, _ = shape = tensors["x_embedder.proj.weight"].shape
     expected = f"of a model of {LATENT_CHANNELS} latent channels"
     require(C == LATENT_CHANNELS, f"{source}: x_embedder.proj.weight", shape, expected)
+    positions = tensors["pos_embed"].shape
+    expected = f"of the width {D}, that of x_embedder.proj.weight"
+    require(positions[2] == D, f"{source}: pos_embed", positions, expected)
     depth = files.count_blocks(tensors, "blocks")
     num_heads = num_heads or usual_heads(D)
     sizes = dict(patch_size=p, hidden_size=D, depth=depth, num_heads=num_heads)
     names = [name for name, preset in PRESETS.items() if preset == sizes]
 
     ratio = tensors["blocks.0.mlp.fc1.weight"].shape[0] / D
-    side = round(tensors["pos_embed"].shape[1] ** 0.5) * p
+    side = round(positions[1] ** 0.5) * p
     classes = tensors["y_embedder.embedding_table.weight"].shape[0] - 1
     learns_variance = tensors["final_layer.linear.weight"].shape[0] == 2 * p * p * C
     data = dit_config.Data(

@@ -149,6 +149,7 @@ def read_state_dict(path: Path) -> Tensors:
         kind = type(stored).__name__
         raise InputError(
             f"{path}: holds {kind!r}, which should be a PyTorch state dict: tensors by their names"
+            ", each whole"
         )
     return tensors
 
@@ -159,9 +160,14 @@ def to_numpy(stored: Any, torch: ModuleType) -> Tensors | None:
         return None
     are_names = all(isinstance(name, str) for name in stored)
     are_tensors = all(isinstance(value, torch.Tensor) for value in stored.values())
-    if not are_names or not are_tensors:
+    if not are_names or not are_tensors or not all(map(is_whole, stored.values())):
         return None
     return {name: value.detach().float().numpy() for name, value in stored.items()}
+
+
+def is_whole(tensor: Any) -> bool:
+    """Whether a PyTorch tensor stores each of its numbers, rather than one for many."""
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def write_tensors(path: Path, tensors: dict[str, jax.Array]) -> None:
