@@ -1,7 +1,7 @@
 """Condition -> pictures: the one sampler that sample grids, `sample.py` and FID share."""
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,58 @@ def example_masks(dataset: Dataset, labels: np.ndarray) -> np.ndarray:
 # Drawing it
 
 
+@cache
+def make_sampler(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    sampler: str,
+    steps: int,
+    eta: float,
+    cfg_channels: int | None,
+    guidance_interval: tuple[float, float] | None,
+    style_strength: float,
+) -> Callable:
+    """The function (model, vae, condition, indices, seed, scale, style) -> uint8 `[B, H, W, C]`.
+
+    One compilation serves every condition, seed and scale of guidance; None, for no guidance, has
+    its own, and so has no style.
+    """
+    process = make_objective(config)
+    samplers = {
+        "ddpm": sampling.ddpm,
+        "ddim": partial(sampling.ddim, eta=eta),
+        "euler": sampling.euler,
+        "heun": sampling.heun,
+    }
+    run = samplers[sampler]
+    if guidance_interval is not None:  # in the network's time
+        low, high = guidance_interval
+        guidance_interval = (process.time_scale * low, process.time_scale * high)
+
+    @partial(jax.jit, out_shardings=replicated(mesh))
+    def sample(
+        model: DiT,
+        vae: Any,
+        condition: Condition,
+        indices: jax.Array,
+        seed: jax.Array,
+        scale: jax.Array | None,
+        style: jax.Array | None,
+    ) -> jax.Array:
+        def correct(x0: jax.Array) -> jax.Array:
+            if style is not None:
+                x0 = AdaIN(style_strength)(x0, style)
+            return x0 if config.data.latents else sampling.clip_pixels(x0)
+
+        null = null_condition(condition, config.data)
+        denoise = sampling.guided(model, condition, null, scale, cfg_channels, guidance_interval)
+        keys = sampling.sample_keys(seed, indices)
+        x = run(process, denoise, keys, config.input_shape, steps, correct=correct)
+        return to_uint8(x) if vae is None else decode(vae, x, config, mesh.devices.size)
+
+    return sample
+
+
 def make_draw(
     config: Config,
     mesh: jax.sharding.Mesh,
@@ -110,39 +162,20 @@ def make_draw(
     channel means and deviations each prediction of x_0 takes. guidance_interval is in the
     objective's own time.
     """
-    process = make_objective(config)
-    samplers = {
-        "ddpm": sampling.ddpm,
-        "ddim": partial(sampling.ddim, eta=eta),
-        "euler": sampling.euler,
-        "heun": sampling.heun,
-    }
-    run = samplers[sampler]
-    if guidance_interval is not None:  # in the network's time
-        low, high = guidance_interval
-        guidance_interval = (process.time_scale * low, process.time_scale * high)
     num_samples = len(condition["y"])
     batch_size = min(batch_size, num_samples)
-
-    def correct(x0: jax.Array) -> jax.Array:
-        if style is not None:
-            x0 = AdaIN(style_strength)(x0, style)
-        return x0 if config.data.latents else sampling.clip_pixels(x0)
-
-    @partial(jax.jit, out_shardings=replicated(mesh))
-    def sample(model: DiT, vae: Any, condition: Condition, indices: jax.Array) -> jax.Array:
-        null = null_condition(condition, config.data)
-        denoise = sampling.guided(model, condition, null, guidance, cfg_channels, guidance_interval)
-        keys = sampling.sample_keys(seed, indices)
-        x = run(process, denoise, keys, config.input_shape, steps, correct=correct)
-        return to_uint8(x) if vae is None else decode(vae, x, config, mesh.devices.size)
+    fixed = (sampler, steps, eta, cfg_channels, guidance_interval)
+    sample = make_sampler(config, mesh, *fixed, style_strength)
+    scale = None if guidance == 1 else guidance
+    style = None if style is None else np.asarray(style)
 
     def draw(model: DiT, vae: Any, first: int) -> np.ndarray:
         stop = min(first + batch_size, num_samples)
         rows = {name: value[first:stop] for name, value in condition.items()}
         inputs = place_rows((rows, np.arange(first, stop)), batch_size, mesh)
         with jax.set_mesh(mesh):  # so that sharded weights are gathered, as in training
-            return np.asarray(sample(model, vae, *inputs))[: stop - first]
+            images = sample(model, vae, *inputs, np.uint32(seed), scale, style)
+        return np.asarray(images)[: stop - first]
 
     return draw
 

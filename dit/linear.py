@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dit.sharding import gather
+from dit.sharding import gather, platform
 
 
 def precision_of(dtype) -> jax.lax.Precision:
@@ -24,9 +24,12 @@ def precision_of(dtype) -> jax.lax.Precision:
 def multiply(formula: str, a: jax.Array, b: jax.Array, dtype, out_dtype) -> jax.Array:
     """An einsum of two arrays, cast to `dtype`, whose sums are float32 and then `out_dtype`."""
     a, b = a.astype(dtype), b.astype(dtype)
-    return jnp.einsum(
-        formula, a, b, precision=precision_of(dtype), preferred_element_type=out_dtype
+    # On a CPU a product of bfloat16 has half the speed, float32's, unless it ends in float32.
+    sum_dtype = jnp.float32 if platform() == "cpu" else out_dtype
+    product = jnp.einsum(
+        formula, a, b, precision=precision_of(dtype), preferred_element_type=sum_dtype
     )
+    return product.astype(out_dtype)
 
 
 def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype) -> jax.Array:

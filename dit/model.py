@@ -4,6 +4,8 @@ B batch, H and W height and width, C channels of the image, p side of a patch, T
 tokens, D hidden size, N heads, L depth, S tokens of a sequence that is attended to.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,10 +116,13 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     fits_cudnn = q.dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128 and is_even
     if fits_cudnn and has_cudnn_attention():
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))  # [B, N, T or S, D / N]
-    logits = multiply("bntd,bnsd->bnts", q, k, q.dtype, jnp.float32)
+    B, T, N, _ = q.shape
+    # [B N, T or S, D / N]. Over two axes XLA would undo the swap, and a CPU compute in float32.
+    q, k, v = (a.swapaxes(1, 2).reshape(B * N, -1, head_dim) for a in (q, k, v))
+    logits = multiply("btd,bsd->bts", q, k, q.dtype, jnp.float32)
     weights = jax.nn.softmax(logits * head_dim**-0.5, axis=-1)
-    return multiply("bnts,bnsd->bntd", weights, v, q.dtype, q.dtype).swapaxes(1, 2)
+    out = multiply("bts,bsd->btd", weights, v, q.dtype, q.dtype)
+    return out.reshape(B, N, T, head_dim).swapaxes(1, 2)
 
 
 class SelfAttention(nnx.Module):
@@ -157,6 +162,12 @@ class CrossAttention(nnx.Module):
         return self.proj(attend(q, k, v).reshape(B, T, D))
 
 
+@partial(jax.checkpoint, prevent_cse=False)
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU, tanh form, in float32 whatever the type of x, all that is kept for its derivative."""
+    return nnx.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
 class MLP(nnx.Module):
     """Two linear layers with a GELU (tanh form) between them, on each token."""
 
@@ -167,7 +178,7 @@ class MLP(nnx.Module):
         self.down = Linear(width, hidden_size, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(nnx.gelu(self.up(x), approximate=True))
+        return self.down(gelu(self.up(x)))
 
 
 # The four block designs of the paper: x [B, T, D] and the condition c to [B, T, D]
@@ -275,12 +286,12 @@ REMAT = {
 class DiT(nnx.Module):
     """The Diffusion Transformer.
 
-    `model(x, t, y, mask=None)`: x `[B, H, W, C]`; t `[B]`, 0 .. 1000, may be fractional; y `[B]`
-    int, `num_classes` is the null class; with `mask_classes`, mask `[B, H, W]` int, `mask_classes`
-    is the null mask. Returns float32 `[B, H, W, 2C]`, the noise and then the variance logits, or
-    `[B, H, W, C]` without `learn_sigma`: the noise, or what flow predicts. `dtype` is the type of
-    the products inside the blocks; the residual stream, norms and softmax are float32, as is all
-    before and behind the blocks.
+    `model(x, t, y, mask=None)`: x `[B, H, W, C]`; t `[B]`, or `[1]` for all of x, 0 .. 1000, may be
+    fractional; y `[B]` int, `num_classes` is the null class; with `mask_classes`, mask `[B, H, W]`
+    int, `mask_classes` is the null mask. Returns float32 `[B, H, W, 2C]`, the noise and then the
+    variance logits, or `[B, H, W, C]` without `learn_sigma`: the noise, or what flow predicts.
+    `dtype` is the type of the products inside the blocks; the residual stream, norms, GELU and
+    softmax are float32, as is all before and behind the blocks.
     """
 
     def __init__(
@@ -343,10 +354,10 @@ class DiT(nnx.Module):
         The sum of the embeddings in the adaptive designs, `[B, 1, D]`, or `[B, T, D]` with a mask.
         In the others the sequence of the two, `[B, 2, D]`.
         """
-        t = self.timestep_embed(t)[:, None]  # [B, 1, D]
+        t = self.timestep_embed(t)[:, None]  # [B or 1, 1, D]
         y = gather(self.label_embed.embedding[...])[y][:, None]  # [B, 1, D]
         if not self.adaptive:
-            return jnp.concatenate([t, y], axis=1)
+            return jnp.concatenate([jnp.broadcast_to(t, y.shape), y], axis=1)
         return t + y if mask is None else t + y + self.mask_embed(mask)
 
     def __call__(

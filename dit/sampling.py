@@ -1,8 +1,9 @@
 """Samplers, as free functions over a denoising function, and guidance.
 
-`denoise(x, t)` takes x `[B, H, W, C]` and a network's t `[B]`, DDPM's original timestep or 1000
-times flow's time, and returns what the network does. Each sampler is one `lax.scan` from pure noise
-to an image, to be called under one `jit`. Everything random in sample i comes from keys[i].
+`denoise(x, t)` takes x `[B, H, W, C]` and the network's t `[1]`, DDPM's original timestep or 1000
+times flow's time, which all of x is at, and returns what the network does. Each sampler is one
+`lax.scan` from pure noise to an image, to be called under one `jit`. Everything random in sample i
+comes from keys[i].
 
     DDPM (Ho et al., 2006.11239): x_{t-1} ~ p(x_{t-1} | x_t)
     DDIM (Song et al., 2010.02502, Eq. 12):
@@ -27,37 +28,50 @@ Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 Correction = Callable[[jax.Array], jax.Array] | None  # of each prediction of x_0
 
 
+def paired(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a_0, b_0, a_1, b_1, ..., `[2 B, ...]`, so that both stay where sample i is computed."""
+    return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
+
+
 def guided(
     model: Callable,
     condition: dict[str, jax.Array],
     null: dict[str, jax.Array],
-    scale: float = 1.0,
+    scale: jax.Array | float | None = None,
     cfg_channels: int | None = None,
     interval: tuple[float, float] | None = None,
 ) -> Denoise:
     """The denoising function of a model and a condition, guided away from the null condition.
 
+    scale: None is the conditional model, at half the cost.
     cfg_channels: guide only the first channels (3 is the published DiT's behaviour); None is all.
-    interval: guide only where the network's t is in [low, high); None guides always.
-    The variance is the conditional half's. Scale 1 is the conditional model, at half the cost.
+    interval: guide only where the network's t is in [low, high), elsewhere at half the cost; None
+    guides always. The variance is the conditional half's.
     """
-    if scale == 1.0:
-        return lambda x, t: model(x, t, **condition)
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), condition, null)
 
-    def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
-        output = model(jnp.concatenate([x, x]), jnp.concatenate([t, t]), **both)
-        conditional, unconditional = jnp.split(output, 2)
-        guidance = jnp.full(len(t), scale)
-        if interval is not None:
-            low, high = interval
-            guidance = jnp.where((t >= low) & (t < high), scale, 1.0)
+    def conditional(x: jax.Array, t: jax.Array) -> jax.Array:
+        return model(x, t, **condition)
+
+    if scale is None:
+        return conditional
+    pairs = jax.tree.map(paired, condition, null)
+
+    def both(x: jax.Array, t: jax.Array) -> jax.Array:
+        output = model(paired(x, x), t, **pairs)
+        of_condition, of_null = jnp.unstack(output.reshape(len(x), 2, *output.shape[1:]), axis=1)
         channels = x.shape[-1] if cfg_channels is None else cfg_channels
-        difference = (conditional - unconditional)[..., :channels]
-        eps = unconditional[..., :channels] + guidance.reshape(-1, 1, 1, 1) * difference
-        return jnp.concatenate([eps, conditional[..., channels:]], axis=-1)
+        difference = (of_condition - of_null)[..., :channels]
+        eps = of_null[..., :channels] + scale * difference
+        return jnp.concatenate([eps, of_condition[..., channels:]], axis=-1)
 
-    return denoise
+    if interval is None:
+        return both
+    low, high = interval
+
+    def within(x: jax.Array, t: jax.Array) -> jax.Array:
+        return jax.lax.cond((low <= t[0]) & (t[0] < high), both, conditional, x, t)
+
+    return within
 
 
 def clip_pixels(x0: jax.Array) -> jax.Array:
@@ -87,7 +101,7 @@ def ddpm(
     process = process.respaced(num_steps)
 
     def step(x: jax.Array, t: jax.Array) -> tuple[jax.Array, None]:
-        times = jnp.full(len(keys), t)
+        times = t[None]
         output = denoise(x, process.original_timesteps(times))
         mean, log_variance, _ = process.p_mean_variance(output, x, times, correct)
         noise = jnp.exp(0.5 * log_variance) * sample_noise(keys, t, shape)
@@ -114,7 +128,7 @@ def ddim(
     eps_scale = np.sqrt(np.maximum(1 - previous - sigma**2, 0))
 
     def step(x: jax.Array, t: jax.Array) -> tuple[jax.Array, None]:
-        times = jnp.full(len(keys), t)
+        times = t[None]
         output = denoise(x, process.original_timesteps(times))
         eps, _ = split_output(output, shape[-1])
         x0 = process.pred_x0(eps, x, times)
@@ -137,7 +151,7 @@ def flow_velocity(
     """The function (x, t), t a scalar, -> v `[B, H, W, C]`."""
 
     def velocity(x: jax.Array, t: jax.Array) -> jax.Array:
-        times = jnp.full(len(x), t)
+        times = t[None]
         return flow.velocity(denoise(x, flow.time_scale * times), x, times, correct)
 
     return velocity

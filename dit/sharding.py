@@ -55,22 +55,26 @@ def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, int]:
     return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
 
 
-def has_cudnn_attention() -> bool:
-    """Whether the devices of the mesh in use, or without one the default's, run cuDNN's attention.
-
-    GPUs do from compute capability 8.0. One that is not here is one of plan.py's, all newer.
-    """
+def platform() -> str:
+    """Of the devices of the mesh in use, or without one the default's: cpu, gpu or tpu."""
     mesh = jax.sharding.get_abstract_mesh()
-    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+def has_cudnn_attention() -> bool:
+    """Whether the devices run cuDNN's attention: GPUs from compute capability 8.0.
+
+    A GPU that is not here is one of plan.py's, all newer.
+    """
     here = jax.local_devices()[0]
     is_new = here.platform != "gpu" or float(here.compute_capability) >= 8
-    return platform == "gpu" and is_new
+    return platform() == "gpu" and is_new
 
 
 def is_one_cpu() -> bool:
     """Whether the mesh in use is a single CPU."""
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.size == 1 and mesh.abstract_device.platform == "cpu"
+    return not mesh.empty and mesh.size == 1 and platform() == "cpu"
 
 
 # Where arrays lie

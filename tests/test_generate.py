@@ -12,7 +12,8 @@ from dit.config import SAMPLERS, Config, replace
 from dit.data import Dataset, InMemory, open_dataset
 from dit.files import claim_folder
 from dit.images import from_uint8, to_uint8
-from dit.sharding import local_mesh, make_mesh, replicated
+from dit.program import collectives
+from dit.sharding import local_mesh, make_mesh, place_rows, replicated
 from dit.state import make_model, make_objective
 from dit.tfds import imagenet_names
 
@@ -166,6 +167,40 @@ def test_without_guidance_each_sample_shows_its_own_condition():
     condition = generate.make_condition(labels, config, masks)
     images = draw_all(config, model, condition, batch_size=2, **DDIM)
     np.testing.assert_allclose(images, bytes_of(brightness(labels, masks * 1.0)), atol=1)
+
+
+def test_one_compilation_serves_all_conditions_seeds_and_guidance_and_one_no_guidance():
+    config, traced = shown_config(), []
+    shown = show_condition(config, brightness)
+
+    def predict(*args, **options):
+        traced.append(options)
+        return shown(*args, **options)
+
+    model = jax.tree_util.Partial(predict)
+    draw_all(config, model, generate.make_condition([7, 2, 9], config), guidance=2.0, **DDIM)
+    assert traced
+    traced.clear()
+    labels, null = np.array([1, 8, 3]), brightness(np.array([10]))
+    condition = generate.make_condition(labels, config)
+    for guidance in (0.0, 1.5, 3.0):
+        images = draw_all(config, model, condition, guidance=guidance, seed=5, **DDIM)
+        expected = bytes_of(null + guidance * (brightness(labels) - null))
+        np.testing.assert_allclose(images, np.broadcast_to(expected, images.shape), atol=1)
+    assert not traced
+    draw_all(config, model, condition, guidance=1.0, **DDIM)
+    assert traced
+
+
+def test_guidance_sends_nothing_between_devices_at_any_step():
+    config, mesh = tiny_config(), local_mesh()
+    sample = generate.make_sampler(config, mesh, "ddim", 3, 0.0, None, (20.0, 60.0), 1.0)
+    condition = generate.make_condition(np.arange(16) % 10, config)
+    inputs = place_rows((condition, np.arange(16)), 16, mesh)
+    with jax.set_mesh(mesh):
+        lowered = sample.lower(awake_model(), None, *inputs, np.uint32(0), 2.0, None)
+    sent = collectives(lowered.compile().as_text())
+    assert [each.shapes for each in sent] == [("u8[16,8,8,1]",)], "the images, when they are made"
 
 
 @pytest.mark.parametrize("options", [DDIM, HEUN])

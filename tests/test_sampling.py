@@ -1,6 +1,7 @@
 """Samplers and guidance."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ SHAPE = (3, 1, 2)
 SAMPLERS = [sampling.ddpm, sampling.ddim]
 FLOW_SAMPLERS = [sampling.euler, sampling.heun]
 
-T = jnp.array([0, 49, 99])
+T = jnp.array([49])
 SEVEN = Data(num_classes=7)
 MASKED = Data(num_classes=7, mask_classes=2)
 
@@ -295,8 +296,10 @@ def network() -> tuple[Callable, jax.Array, dict[str, jax.Array], dict[str, jax.
 
 def test_guidance_1_is_the_conditional_model():
     model, x, condition, null = network()
-    guided = sampling.guided(model, condition, null)(x, T)
-    np.testing.assert_array_equal(guided, model(x, T, **condition))
+    plain = sampling.guided(model, condition, null)(x, T)
+    np.testing.assert_array_equal(plain, model(x, T, **condition))
+    guided = sampling.guided(model, condition, null, 1.0)(x, T)
+    np.testing.assert_allclose(guided, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_guidance_0_is_the_model_of_the_null_class_num_classes():
@@ -338,9 +341,41 @@ def test_cfg_channels_guide_the_first_channels_alone():
 
 def test_the_guidance_interval_holds_from_low_to_below_high():
     model, x, condition, null = network()
-    within = sampling.guided(model, condition, null, 3.0, interval=(49, 99))(x, T)
-    guided = sampling.guided(model, condition, null, 3.0)(x, T)
-    conditional = model(x, T, **condition)
-    np.testing.assert_allclose(within[::2], conditional[::2], rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(within[1], guided[1], rtol=1e-5, atol=1e-5)
-    assert jnp.abs(guided[0] - conditional[0]).max() > 1e-2
+    within = sampling.guided(model, condition, null, 3.0, interval=(49, 99))
+    guided = sampling.guided(model, condition, null, 3.0)
+    for t, is_guided in [(0, False), (48, False), (49, True), (98, True), (99, False)]:
+        t = jnp.array([t])
+        expected = guided(x, t) if is_guided else model(x, t, **condition)
+        np.testing.assert_allclose(within(x, t), expected, rtol=1e-5, atol=1e-5)
+    assert jnp.abs(guided(x, T) - model(x, T, **condition)).max() > 1e-2
+
+
+def rows_of_each_forward(sampler: Callable, process: DDPM | Flow, **guidance) -> list[int]:
+    """How many images the network is given at each call of the compiled sampler."""
+    seen = []
+
+    def network(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda: seen.append(len(x)), ordered=True)
+        return jnp.zeros_like(x)
+
+    condition = {"y": jnp.array([1, 0, 6])}
+    denoise = sampling.guided(network, condition, null_condition(condition, SEVEN), **guidance)
+    jax.block_until_ready(jax.jit(lambda k: sampler(process, denoise, k, SHAPE, 5))(keys(3)))
+    return seen
+
+
+@pytest.mark.parametrize(
+    "sampler, process, times",
+    [
+        (sampling.ddpm, DDPM(1001, variance="fixed_small"), [1000, 750, 500, 250, 0]),
+        (sampling.ddim, DDPM(1001, variance="fixed_small"), [1000, 750, 500, 250, 0]),
+        (sampling.euler, make_flow("v"), [1000, 800, 600, 400, 200]),
+        (sampling.heun, make_flow("v"), [1000, 800, 800, 600, 600, 400, 400, 200, 200]),
+    ],
+)
+def test_a_step_costs_two_forwards_within_the_interval_and_one_outside(sampler, process, times):
+    rows = partial(rows_of_each_forward, sampler, process)
+    assert rows() == [3 for _ in times]
+    assert rows(scale=2.0) == [6 for _ in times]
+    expected = [6 if 300 <= t < 790 else 3 for t in times]
+    assert rows(scale=2.0, interval=(300, 790)) == expected
