@@ -25,7 +25,6 @@ from dit import checkpoint, cli
 from dit.config import (
     Config,
     Count,
-    Finite,
     InputError,
     Labels,
     LocalPath,
@@ -55,7 +54,7 @@ class Sample:
     per_class: PositiveInt = 8  # images of each class
     num_samples: Count | None = None  # images of random classes instead; for .npz
     labels: Labels = "random"  # of --num-samples; balanced has equally many of each class
-    guidance: Finite = 1.0  # scale of classifier-free guidance; 1 is none, 4 makes typical pictures
+    guidance: float = 1.0  # scale of classifier-free guidance; 1 is none, 4 makes typical pictures
     sampler: Sampler | None = None  # ddpm or ddim, heun or euler for flow; None is the run's
     steps: PositiveInt | None = None  # denoising steps; None is the run's train.sample_steps
     eta: Probability = 0.0  # noise of DDIM, from 0 to DDPM's at 1

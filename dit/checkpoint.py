@@ -14,6 +14,7 @@ import errno
 import json
 import logging
 import operator
+import re
 import shutil
 import sys
 import tempfile
@@ -28,13 +29,15 @@ from dit.config import (
     Config,
     Diverged,
     InputError,
+    PositiveInt,
     Unsaved,
+    check_value,
     from_json,
     one_line,
     replace,
     require,
 )
-from dit.files import locked, whole
+from dit.files import locked, naming, read_json, whole
 from dit.hosts import refused_together
 
 if TYPE_CHECKING:
@@ -53,9 +56,10 @@ UNFINISHED = ".orbax-checkpoint-tmp"  # behind the name of a checkpoint that is 
 
 
 def steps(workdir: Path) -> list[int]:
-    """The steps whose checkpoints were completed, newest first."""
-    names = [path.name for path in (workdir / "checkpoints").glob("*")]
-    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+    """The steps whose checkpoints were completed, newest first. Other folders are ignored."""
+    names = [path.name for path in (workdir / "checkpoints").glob("*/")]
+    numbers = [int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)]
+    return sorted(numbers, reverse=True)
 
 
 def step_folder(workdir: Path, step: int) -> Path:
@@ -63,7 +67,10 @@ def step_folder(workdir: Path, step: int) -> Path:
 
 
 def checksums(folder: Path) -> dict[str, list[int]]:
-    """{file: [bytes, crc32]} of the items of a checkpoint."""
+    """{file: [bytes, crc32]} of the items of a checkpoint.
+
+    What lies beside them Orbax writes last, and nobody needs: a note of its own and a time.
+    """
     files = {}
     for path in sorted(path for path in folder.glob("*/**/*") if path.is_file()):
         crc = 0
@@ -77,10 +84,14 @@ def checksums(folder: Path) -> dict[str, list[int]]:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        written = json.loads((folder / CHECKSUMS).read_text())
-    except (OSError, ValueError):
+        stored = read_json(folder / CHECKSUMS)
+        written = {name: [int(size), int(crc)] for name, (size, crc) in stored.items()}
+    except (ValueError, TypeError, ArithmeticError):
         return f"{CHECKSUMS} is missing or damaged"
-    present = checksums(folder)
+    try:
+        present = checksums(folder)
+    except OSError as error:
+        return f"it cannot be read: {one_line(error)}"
     for name, (size, crc) in written.items():
         if name not in present:
             return f"{name} is missing"
@@ -88,6 +99,9 @@ def damage(folder: Path) -> str | None:
             return f"{name} is truncated"
         if present[name] != [size, crc]:
             return f"{name} is damaged"
+    for name in present:
+        if name not in written:
+            return f"{name} has no checksum"
     return None
 
 
@@ -117,7 +131,11 @@ def check_layout(workdir: Path, step: int) -> None:
 
 
 def stored_config(workdir: Path, step: int) -> Config:
-    return from_json((step_folder(workdir, step) / "config/metadata").read_text())
+    """The config of a checkpoint. Raises InputError."""
+    path = step_folder(workdir, step) / "config/metadata"
+    values = read_json(path)
+    with naming(path):
+        return from_json(values)
 
 
 def dataset_facts(class_names: tuple[str, ...], num_examples: int | None) -> dict[str, Any]:
@@ -126,14 +144,28 @@ def dataset_facts(class_names: tuple[str, ...], num_examples: int | None) -> dic
 
 
 def stored_dataset(workdir: Path, step: int) -> dict[str, Any]:
-    """The `dataset_facts` of a checkpoint."""
-    return json.loads((step_folder(workdir, step) / "dataset/metadata").read_text())
+    """The `dataset_facts` of a checkpoint. Raises InputError."""
+    path = step_folder(workdir, step) / "dataset/metadata"
+    facts = read_json(path)
+    are_facts = facts.keys() == dataset_facts((), None).keys()
+    require(are_facts, str(path), sorted(facts), "class_names and num_examples")
+    names, count = facts["class_names"], stored_config(workdir, step).data.num_classes
+    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    fits = are_names and len(names) == count
+    require(fits, f"{path}: class_names", names, f"the names of {count} classes")
+    check_value(f"{path}: num_examples", facts["num_examples"], PositiveInt | None)
+    return facts
 
 
 def stored_metrics(workdir: Path, step: int) -> dict[str, float]:
-    """What a run had added up since its last line of metrics; nothing at step 0."""
+    """What a run had added up since its last line of metrics, if any. Raises InputError."""
     path = step_folder(workdir, step) / "log/metadata"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    sums = read_json(path)
+    are_sums = all(isinstance(value, float | int) for value in sums.values())
+    require(are_sums and (not sums or "steps" in sums), str(path), sums, "sums of metrics")
+    return sums
 
 
 # Which run may go on
@@ -242,7 +274,13 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(kept),
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
-        return ocp.CheckpointManager(self.folder, options=options)
+        try:
+            return ocp.CheckpointManager(self.folder, options=options)
+        except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
+            raise InputError(
+                f"train.workdir: {str(self.folder)!r} should hold checkpoints whose "
+                f"_CHECKPOINT_METADATA is missing or Orbax's ({one_line(error)})"
+            ) from error
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -353,18 +391,52 @@ def is_finite(tree: Any) -> jax.Array:
 
 
 def restore(workdir: Path, step: int, target: State) -> State:
-    """The state of a step, in the shapes, types and shardings of the target."""
-    import orbax.checkpoint as ocp
-
+    """The state of a step, in the shapes, types and shardings of the target. Raises InputError."""
     from dit.state import State
 
     folder = step_folder(workdir, step)
-    reader = ocp.StandardCheckpointer()
     optimizer = {"step": target.step, "opt_state": target.opt_state}
-    model = reader.restore(folder / "model", target.model)
-    ema = reader.restore(folder / "ema", target.ema)
-    optimizer = reader.restore(folder / "optimizer", optimizer)
+    model = restore_item(folder / "model", target.model)
+    ema = restore_item(folder / "ema", target.ema)
+    optimizer = restore_item(folder / "optimizer", optimizer)
+    found = int(optimizer["step"])
+    require(found == step, f"{folder}: step", found, f"{step}, the name of the folder")
     return State(optimizer["step"], model, ema, optimizer["opt_state"])
+
+
+def restore_item(folder: Path, target: Any) -> Any:
+    """An item of a checkpoint, in the shapes, types and shardings of the target.
+
+    Raises InputError for arrays that are not the target's, before any is read.
+    """
+    import orbax.checkpoint as ocp
+
+    try:
+        stored = arrays_by_name(ocp.StandardCheckpointHandler().metadata(folder).tree)
+        expected = arrays_by_name(target)
+        for name in sorted(stored.keys() | expected.keys()):
+            found, wanted = stored.get(name, "nothing"), expected.get(name, "nothing")
+            is_same = found == wanted
+            require(is_same, f"{folder}: {name}", found, f"{wanted}, as its config says")
+        return ocp.StandardCheckpointer().restore(folder, target)
+    except InputError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise errors of their own
+        raise InputError(
+            f"{folder}: should be arrays that Orbax reads ({type(error).__name__}: "
+            f"{one_line(error)[:120]})"
+        ) from error
+
+
+def arrays_by_name(tree: Any) -> dict[str, str]:
+    """{"blocks.mlp.up.kernel.value": "float32[2, 20, 80]", ...} of arrays or their metadata."""
+    import jax
+
+    arrays = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        arrays[name] = f"{leaf.dtype}{list(leaf.shape)}"
+    return arrays
 
 
 def load(
@@ -381,7 +453,6 @@ def load(
     intact; None looks for the newest and warns of damaged ones. Raises InputError.
     """
     import jax
-    import orbax.checkpoint as ocp
 
     from dit.state import make_model, with_shardings
 
@@ -398,7 +469,7 @@ def load(
     shapes = jax.eval_shape(lambda: make_model(config, jax.random.key(0)))
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = with_shardings(shapes, jax.tree.map(lambda leaf: sharding, shapes))
-    model = ocp.StandardCheckpointer().restore(item, target)
+    model = restore_item(item, target)
     expected = f"of finite weights, which those of checkpoint {step} are not"
     require(jax.jit(is_finite)(model), "workdir", str(workdir), expected)
     return model, config

@@ -103,7 +103,12 @@ def check_options(options: Any) -> None:
 
 def parse_config(argv: list[str], prog: str, description: str) -> Config:
     """The valid config of `PRESET_OR_FILE.py [--section.field value ...]`. Raises InputError."""
-    return parse_preset(Config, argv, prog, description, lambda preset: preset).validate()
+    config = parse_preset(Config, argv, prog, description, lambda preset: preset).validate()
+    name = config.name
+    is_folder = Path(name).name == name and name not in ("", ".", "..")
+    is_free = is_folder or config.train.workdir
+    require(is_free, "--name", name, "the name of a folder in runs/, not a path")
+    return config
 
 
 def parse_preset(

@@ -18,6 +18,8 @@ import tyro
 
 VAE_FACTOR = 8  # pixels of an image to one of its latents, along a side
 LATENT_CHANNELS = 4
+MAX_SIDE = 4096  # of an image, in pixels
+MAX_STEPS = 1_000_000  # of a diffusion or a sampler, whose tables hold a row for each
 
 # The paper's twelve sizes (Peebles & Xie, Table 1)
 PRESETS = {
@@ -73,13 +75,11 @@ class Range(NamedTuple):
 
 POSITIVE = Range(lambda value: value > 0, "more than 0")
 NON_NEGATIVE = Range(lambda value: value >= 0, "0 or more")
-FINITE = Range(lambda value: abs(value) < 2.0**127, "a finite number, in float32 too")
 
 PositiveInt = Annotated[int, POSITIVE]
 NonNegativeInt = Annotated[int, NON_NEGATIVE]
-Finite = Annotated[float, FINITE]
-PositiveFloat = Annotated[float, POSITIVE, FINITE]
-NonNegativeFloat = Annotated[float, NON_NEGATIVE, FINITE]
+PositiveFloat = Annotated[float, POSITIVE]
+NonNegativeFloat = Annotated[float, NON_NEGATIVE]
 Probability = Annotated[float, Range(lambda value: 0 <= value <= 1, "a probability, from 0 to 1")]
 Decay = Annotated[float, Range(lambda value: 0 <= value < 1, "from 0 to below 1")]
 Seed = Annotated[int, Range(lambda value: 0 <= value < 2**32, "from 0 to 2^32 - 1")]
@@ -88,10 +88,6 @@ Count = Annotated[int, Range(lambda value: 0 < value <= 10**7, "from 1 to 10 mil
 AtLeastTwo = Annotated[int, Range(lambda value: value > 1, "more than 1")]
 LOCAL = Range(lambda path: "://" not in path, "a path of this host's file system, not of a bucket")
 PATH = Range(lambda path: path != "" and "\0" not in path, "a path")
-FOLDER_NAME = Range(
-    lambda name: name not in ("", ".", "..") and Path(name).name == name,
-    "the name of a folder, not a path",
-)
 AnyPath = Annotated[str, PATH]
 LocalPath = Annotated[str, PATH, LOCAL]
 Workdir = Annotated[LocalPath | None, tyro.conf.arg(aliases=("--workdir",))]
@@ -135,7 +131,7 @@ class Objective:
     min_snr_gamma: PositiveFloat | None = None  # ddpm: weighs the error by min(SNR, gamma) / SNR
     prediction: Literal["v", "x0"] = "v"  # flow: what the network predicts; the loss is v's
     times: Literal["logit_normal", "uniform"] = "logit_normal"  # flow: how times are drawn
-    time_mean: Finite = 0.0  # flow: of logit(t), where logit-normal; more is more noise
+    time_mean: float = 0.0  # flow: of logit(t), where logit-normal; more is more noise
     time_std: PositiveFloat = 1.0  # flow: deviation of logit(t), where logit-normal
     label_dropout: Probability = 0.1  # of the null class in place of the label, for guidance
     mask_dropout: Probability = 0.2  # of no mask where the model has one; includes label_dropout
@@ -155,9 +151,7 @@ class Data:
     num_classes: PositiveInt = 10  # labels are 0 .. num_classes - 1; num_classes is the null class
     latents: AnyPath | None = None  # folder of VAE latents by dit.imagenet.latents; None is pixels
     latent_scale: PositiveFloat = 0.18215  # makes the latents' standard deviation about 1
-    vae: AnyPath | None = (
-        None  # folder of the VAE that decodes latents; None draws no grids of them
-    )
+    vae: AnyPath | None = None  # folder of the VAE that decodes latents, for sample grids
     flip: bool = False  # mirror each image with probability 1/2
     mask_classes: Byte = 0  # classes of a layout mask that conditions the model; 0 has no mask
 
@@ -195,7 +189,7 @@ class Train:
     keep_every: NonNegativeInt = 100_000  # checkpoints at multiples of this are kept for good
     sampler: Sampler | None = None  # of the sample grids; None is ddim, or heun for flow
     sample_steps: PositiveInt = 50  # denoising steps of the grids; with heun two forwards each
-    guidance: Finite = 2.0  # guidance scale of the sample grids; 1 is none
+    guidance: float = 2.0  # guidance scale of the sample grids; 1 is none
     wandb: bool = False  # log to Weights & Biases too (needs the `wandb` extra)
     workdir: Workdir = None  # where the run is kept; None is runs/NAME
 
@@ -209,13 +203,13 @@ class Eval:
     labels: Labels = "random"  # classes of the samples: drawn at random, or equally many of each
     sampler: Sampler | None = None  # None is the paper's ddpm, or heun for flow
     steps: PositiveInt | None = None  # None is as many as give the paper's 250 forwards
-    guidance: Finite = 1.0  # guidance scale; 1 is none
+    guidance: float = 1.0  # guidance scale; 1 is none
     batch_size: PositiveInt = 256  # samples at a time, over all devices
 
 
 @dataclass(frozen=True)
 class Config:
-    name: Annotated[str, FOLDER_NAME] = "dit"  # of the run
+    name: str = "dit"  # of the run
     model: Model = field(default_factory=Model)
     objective: Objective = field(default_factory=Objective)
     data: Data = field(default_factory=Data)
@@ -255,6 +249,7 @@ class Config:
         check_model(self)
         check_objective(self)
         check_masks(self)
+        check_sizes(self)
         check_evaluation(self)
         check_run(self)
         return self
@@ -263,12 +258,27 @@ class Config:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
 
-def from_json(text: str) -> Config:
-    """The config that `to_json` wrote."""
-    values = json.loads(text)
-    sections = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name != "name"}
-    found = {name: section(**values.get(name, {})) for name, section in sections.items()}
-    return Config(name=values["name"], **found)
+def from_json(values: dict[str, Any]) -> Config:
+    """The config of the JSON object that `to_json` writes. Raises InputError.
+
+    A field that is missing, as in an older version's, has its default.
+    """
+    config = from_fields(Config, values)
+    replace(config, train=dict(wandb=False)).validate()  # it need not be installed here
+    return config
+
+
+def from_fields(kind: type, values: Any, prefix: str = "") -> Any:
+    """A dataclass whose fields, and those of its sections, come from a JSON object."""
+    require(isinstance(values, dict), prefix.rstrip("."), values, "an object of fields")
+    hints = typing.get_type_hints(kind)
+    fields = {}
+    for name, value in values.items():
+        require(name in hints, prefix + name, value, "left out: this version has no such field")
+        is_section = dataclasses.is_dataclass(hints[name])
+        section = f"{prefix}{name}."
+        fields[name] = from_fields(hints[name], value, section) if is_section else value
+    return kind(**fields)
 
 
 def replace(config: Config, **sections: dict[str, Any]) -> Config:
@@ -313,6 +323,8 @@ def check_value(name: str, value: Any, hint: Any) -> None:
         is_bool = isinstance(value, bool) and hint is not bool  # an int, to Python
         fits = is_float or (is_type and not is_bool)
         require(fits, name, value, f"of type {hint.__name__}")
+        is_finite = hint not in (int, float) or abs(value) < 2.0**128  # in float32; nan is not
+        require(is_finite, name, value, "a finite number")
 
 
 # Relations between fields
@@ -367,6 +379,16 @@ def check_masks(config: Config) -> None:
     require(not config.data.latents, "data.mask_classes", masks, "0 with data.latents")
     enough = f"at least objective.label_dropout = {label_dropout}: a label goes with its mask"
     require(mask_dropout >= label_dropout, "objective.mask_dropout", mask_dropout, enough)
+
+
+def check_sizes(config: Config) -> None:
+    """Bounds what no parameter's shape says: a stored config can claim any of it."""
+    for name, value, most in [
+        ("data.image_size", config.data.image_size, MAX_SIDE),
+        ("objective.num_steps", config.objective.num_steps, MAX_STEPS),
+        ("train.sample_steps", config.train.sample_steps, MAX_STEPS),
+    ]:
+        require(value <= most, name, value, f"at most {most}")
 
 
 def check_evaluation(config: Config) -> None:

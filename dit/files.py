@@ -8,8 +8,9 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from dit.config import InputError, one_line
+from dit.config import InputError, one_line, require
 
 
 @contextlib.contextmanager
@@ -42,6 +43,25 @@ def locked(folder: Path, option: str) -> Iterator[None]:
         yield
 
 
+def read_json(path: Path, expected: str = "a JSON object") -> dict[str, Any]:
+    """The JSON object in a file. Raises InputError."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: should be {expected} ({one_line(error)})") from error
+    require(isinstance(values, dict), str(path), values, expected)
+    return values
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts a file's name before the InputErrors that what it holds raises in the block."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
 def claim_folder(folder: Path, request: dict, option: str) -> None:
     """Makes a folder for a request, or checks that it was made for the same one.
 
@@ -54,8 +74,8 @@ def claim_folder(folder: Path, request: dict, option: str) -> None:
             with whole(folder) as unfinished:
                 unfinished.mkdir(parents=True)
                 (unfinished / "request.json").write_text(json.dumps(request, indent=2) + "\n")
-        stored = dict(json.loads((folder / "request.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        stored = read_json(folder / "request.json")
+    except (OSError, InputError) as error:
         raise InputError(
             f"{option}: {str(folder)!r} should be new, or hold the request.json that it was begun "
             f"with ({one_line(error)})"

@@ -13,8 +13,7 @@ from jax.experimental import multihost_utils
 from dit import sampling
 from dit.config import Config
 from dit.data import Condition, Dataset, null_condition
-from dit.files import whole
-from dit.images import to_uint8, write_npz
+from dit.images import read_part, to_uint8, write_npz, write_part
 from dit.log import Progress, with_progress
 from dit.model import DiT
 from dit.normalization import AdaIN
@@ -258,20 +257,19 @@ def draw_npz(
 ) -> None:
     """Draws every sample into `out`, in files of one batch that a second call goes on from.
 
-    The folder `parts` has to exist on all hosts; each host draws its share of the files.
+    The folder `parts` has to exist on all hosts; each host draws its share of the files that are
+    missing or damaged, and counts these alone.
     """
-    firsts = range(0, len(labels), batch_size)
-    paths = [parts / f"{first:09d}.npy" for first in firsts]
-    drawn = sum(len(np.load(path, mmap_mode="r")) for path in paths if path.exists())
-    progress = Progress(len(labels), "image", drawn)
-    mine = slice(jax.process_index(), None, jax.process_count())
-    for first, path in list(zip(firsts, paths, strict=True))[mine]:
-        if path.exists():
-            continue
+    paths = {first: parts / f"{first:09d}.npy" for first in range(0, len(labels), batch_size)}
+    mine = list(paths)[jax.process_index() :: jax.process_count()]
+    missing = [first for first in mine if read_part(paths[first]) is None]
+    counts = {first: len(labels[first : first + batch_size]) for first in mine}
+    total = sum(counts.values())
+    progress = Progress(total, "image", total - sum(counts[first] for first in missing))
+    for first in missing:
         images = draw(model, vae, first)
-        with whole(path) as unfinished, unfinished.open("wb") as file:
-            np.save(file, images)
+        write_part(paths[first], images)
         progress.advance(len(images))
     multihost_utils.sync_global_devices("every file of a batch is written")
     if jax.process_index() == 0:
-        write_npz(out, paths, labels.astype(np.int64))
+        write_npz(out, list(paths.values()), labels.astype(np.int64))

@@ -1,5 +1,6 @@
 """Images: bytes to [-1, 1] and back (the only place), crops, grids, pictures, .npz files."""
 
+import io
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from dit.config import InputError, one_line, require
 from dit.files import whole
 
 BATCH = 64  # images of an .npz that are read at a time
+
+Image.MAX_IMAGE_PIXELS = 2**25  # Pillow warns of more, and refuses more than twice as many
 
 
 def from_uint8(image: jax.Array) -> jax.Array:
@@ -95,15 +98,46 @@ def save_grid(path: str | Path, images: np.ndarray, row_names: list[str]) -> Non
 # .npz files too large for memory
 
 
+def write_part(path: Path, images: np.ndarray) -> None:
+    """Writes uint8 images `[n, H, W, C]` as a .npy file, with its checksum behind it."""
+    file = io.BytesIO()
+    np.save(file, images)
+    content = file.getvalue()
+    with whole(path) as unfinished:
+        unfinished.write_bytes(content + part_checksum(path, content))
+
+
+def read_part(path: Path) -> np.ndarray | None:
+    """The images that `write_part` wrote to this path, None if it holds anything else."""
+    try:
+        stored = path.read_bytes()
+    except OSError:
+        return None
+    content, checksum = stored[:-4], stored[-4:]
+    is_intact = checksum == part_checksum(path, content)
+    return np.load(io.BytesIO(content)) if is_intact else None
+
+
+def part_checksum(path: Path, content: bytes) -> bytes:
+    """The CRC-32 of a part's name and content, so that no part stands for another."""
+    return zlib.crc32(content, zlib.crc32(path.name.encode())).to_bytes(4, "big")
+
+
 def write_npz(path: Path, parts: list[Path], labels: np.ndarray) -> None:
-    """Writes .npy files of uint8 images as `arr_0` of an .npz, and the labels as `arr_1`."""
+    """Writes the images of parts as `arr_0` of an .npz, and the labels as `arr_1`.
+
+    Raises InputError for a damaged part.
+    """
     shape = (len(labels), *np.load(parts[0], mmap_mode="r").shape[1:])
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with whole(path) as unfinished, zipfile.ZipFile(unfinished, "w") as file:
         with file.open("arr_0.npy", "w", force_zip64=True) as array:
             np.lib.format.write_array_header_1_0(array, header)
             for part in parts:
-                array.write(np.load(part).tobytes())
+                images = read_part(part)
+                expected = "as it was written; the same command draws it again"
+                require(images is not None, "--out", str(part), expected)
+                array.write(images.tobytes())
         with file.open("arr_1.npy", "w") as array:
             np.lib.format.write_array(array, labels)
 

@@ -280,26 +280,30 @@ def start_wandb(config: Config) -> Any:
 
 
 def drop_metrics_after(path: Path, step: int) -> None:
-    """Drops metrics logged after `step`: a resumed run will log them again."""
-    if path.exists():
-        kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step]
-        path.write_text("".join(kept))
+    """Drops metrics logged after `step`, which a resumed run logs again, and damaged lines."""
+    if not path.exists():
+        return
+    kept = [line + "\n" for line, row in read_metrics(path) if row["step"] <= step]
+    path.write_text("".join(kept))
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of `metrics.jsonl`, without those that were written in part."""
-    rows = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
+def read_metrics(path: Path) -> Iterator[tuple[str, Metrics]]:
+    """The lines of a metrics.jsonl and their rows, without those that are not as written."""
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line, parse_int=float)
+        except (ValueError, RecursionError):
+            continue
+        is_row = isinstance(row, dict) and "step" in row
+        if is_row and all(isinstance(value, float) for value in row.values()):
+            yield line, row
 
 
 def plot_loss(workdir: Path) -> None:
     """`loss.png` from `metrics.jsonl`: the loss and its parts, if any, against the step."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in read_metrics(workdir / "metrics.jsonl") if "loss" in row]
+    rows = [row for _, row in read_metrics(workdir / "metrics.jsonl") if "loss" in row]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     labels = {

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import shutil
 import socket
@@ -145,9 +146,13 @@ def test_without_keep_every_the_last_few_alone_are_kept(saved, tmp_path):
 
 def test_folders_that_are_no_finished_checkpoint_are_no_steps(copy):
     workdir, _ = copy
-    for name in ("30.orbax-checkpoint-tmp", "broken-40-1", "notes"):
+    for name in ("30.orbax-checkpoint-tmp", "broken-40-1", "notes", "0021", "\N{SUPERSCRIPT TWO}"):
         (workdir / "checkpoints" / name).mkdir()
+    (workdir / "checkpoints" / "21").touch()
+    before = files(workdir)
     assert checkpoint.steps(workdir) == [20, 10]
+    checkpoint.prepare_workdir(run_config(workdir), 20)
+    assert before.items() <= files(workdir).items()
     assert checkpoint.steps(workdir / "nowhere") == []
 
 
@@ -205,7 +210,11 @@ def test_a_flipped_bit_in_any_file_of_any_item_is_found(copy):
     assert checkpoint.damage(step_folder) is None
 
 
-@pytest.mark.parametrize("content", [None, "", '{"ema/_METADATA": ['])
+NO_CHECKSUMS = [None, "", '{"ema/_METADATA": [', "[]", '{"x": 3}', '{"x": [1]}', '{"x": [1, null]}']
+NO_CHECKSUMS += ['{"x": [Infinity, 1]}', '{"x": "y"}']
+
+
+@pytest.mark.parametrize("content", NO_CHECKSUMS)
 def test_checksums_that_are_missing_or_damaged_make_the_checkpoint_damaged(copy, content):
     workdir, _ = copy
     path = folder(workdir, 20) / "checksums.json"
@@ -215,6 +224,26 @@ def test_checksums_that_are_missing_or_damaged_make_the_checkpoint_damaged(copy,
         path.write_text(content)
     line = "checkpoint 20: checksums.json is missing or damaged; using 10"
     assert checkpoint.newest_intact(workdir) == (10, [line])
+
+
+def test_a_file_of_an_item_that_has_no_checksum_makes_the_checkpoint_damaged(copy):
+    workdir, _ = copy
+    (folder(workdir, 20) / "notes.txt").touch()  # beside the items
+    assert checkpoint.damage(folder(workdir, 20)) is None
+    (folder(workdir, 20) / "ema/other").touch()
+    assert checkpoint.damage(folder(workdir, 20)) == "ema/other has no checksum"
+    (folder(workdir, 20) / "checksums.json").write_text("{}")
+    assert checkpoint.damage(folder(workdir, 20)).endswith(" has no checksum")
+    assert checkpoint.newest_intact(workdir)[0] == 10
+
+
+def test_a_checkpoint_that_the_disk_cannot_read_is_damaged(copy, monkeypatch):
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error", "x")
+
+    monkeypatch.setattr(checkpoint, "checksums", fail)
+    expected = "it cannot be read: [Errno 5] Input/output error: 'x'"
+    assert checkpoint.damage(folder(copy[0], 20)) == expected
 
 
 def test_without_an_intact_checkpoint_nothing_is_started_over(refused, copy):
@@ -319,6 +348,114 @@ def test_a_run_on_other_data_is_refused(saved):
     few = Dataset([0] * 5, tuple("0123456789"))
     with pytest.raises(InputError, match="data: 5 images, where the run was trained on 1797"):
         checkpoint.step_to_resume(config, few)
+
+
+# What is stored, when it is not as written
+
+
+def change_json(workdir: Path, item: str, change) -> Path:
+    """Changes the JSON of an item of both checkpoints, whose checksums then fit."""
+    for step in STEPS:
+        path = folder(workdir, step) / item / "metadata"
+        values = json.loads(path.read_text())
+        change(values)
+        path.write_text(json.dumps(values))
+        seal(folder(workdir, step))
+    return path
+
+
+def test_a_config_from_before_a_field_was_added_is_loaded_and_resumed(copy):
+    workdir, config = copy
+    change_json(workdir, "config", lambda values: values["model"].pop("mlp_ratio"))
+    assert checkpoint.stored_config(workdir, 20).model == config.model
+    assert checkpoint.step_to_resume(config, digits()) == (20, [])
+
+
+CONFIG_CHANGES = [
+    (lambda values: values["model"].update(width=3), "model.width: 3 should be left out"),
+    (lambda values: values["model"].update(depth="2"), "model.depth: '2' should be of type int"),
+    (lambda values: values.update(data=None), "data: None should be an object of fields"),
+    (lambda values: values["optim"].update(beta1=float("nan")), "optim.beta1: nan should be a fin"),
+    (lambda values: values["model"].update(num_heads=3), "model.hidden_size: 20 should be a mult"),
+    (lambda values: values["data"].update(image_size=10**9), "data.image_size: 1000000000 should"),
+]
+
+
+@pytest.mark.parametrize("change, words", CONFIG_CHANGES)
+def test_a_stored_config_that_cannot_be_is_refused_by_its_file_and_field(
+    refused, copy, tmp_path, change, words
+):
+    workdir, _ = copy
+    path = change_json(workdir, "config", change)
+    before = files(workdir)
+    line = refused(run_sample, workdir, "--out", tmp_path / "x.png")
+    assert line.startswith(f"sample.py: {path}: {words}")
+    line = refused(run_train, *TINY, "--workdir", workdir)
+    assert line.startswith(f"train.py: {path}: {words}")
+    assert files(workdir) == before
+
+
+FACTS_CHANGES = [
+    (lambda facts: facts.pop("class_names"), "['num_examples'] should be class_names and num_exa"),
+    (lambda facts: facts.update(more=3), "['class_names', 'more', 'num_examples'] should be"),
+    (lambda facts: facts["class_names"].pop(), "class_names: ['0', '1', '2', '3', '4', '5', '6',"),
+    (lambda facts: facts.update(class_names=list(range(10))), "class_names: [0, 1, 2, 3, 4, 5, 6"),
+    (lambda facts: facts.update(class_names=None), "class_names: None should be the names of 10"),
+    (lambda facts: facts.update(num_examples="many"), "num_examples: 'many' should be of type int"),
+    (lambda facts: facts.update(num_examples=-1), "num_examples: -1 should be more than 0"),
+]
+
+
+@pytest.mark.parametrize("change, words", FACTS_CHANGES)
+def test_facts_of_a_data_set_that_cannot_be_are_refused_by_their_file(copy, change, words):
+    workdir, config = copy
+    path = change_json(workdir, "dataset", change)
+    with pytest.raises(InputError) as refusal:
+        checkpoint.step_to_resume(config, digits())
+    assert str(refusal.value).startswith(f"{path}: {words}")
+
+
+def test_arrays_of_other_sizes_than_the_config_says_are_refused_by_name(copy):
+    workdir, config = copy
+    change_json(workdir, "config", lambda values: values["model"].update(depth=10**9))
+    item = folder(workdir, 20) / "ema"
+    name = "blocks.attention.proj.bias.value"
+    expected = f"{item}: {name}: 'float32[2, 20]' should be float32[1000000000, 20], as its config"
+    with pytest.raises(InputError) as refusal:
+        checkpoint.load(workdir)
+    assert str(refusal.value).startswith(expected)
+
+
+def test_a_state_of_another_size_or_step_is_refused(copy):
+    workdir, config = copy
+    clipped = replace(config, optim=dict(grad_clip=1.0))
+    with pytest.raises(InputError, match="optimizer: opt_state.0.count: .* should be nothing"):
+        checkpoint.restore(workdir, 20, abstract_state(clipped, make_mesh(config)))
+    folder(workdir, 20).rename(folder(workdir, 30))
+    with pytest.raises(InputError, match="checkpoints/30: step: 20 should be 30, the name of the"):
+        checkpoint.restore(workdir, 30, abstract_state(config, make_mesh(config)))
+
+
+@pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
+def test_arrays_that_orbax_cannot_read_are_refused_in_one_line(copy, name):
+    workdir, _ = copy
+    (folder(workdir, 20) / "ema" / name).write_text("{}")
+    seal(folder(workdir, 20))
+    with pytest.raises(InputError, match=f"^{folder(workdir, 20)}/ema: ") as refusal:
+        checkpoint.load(workdir)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_note_that_orbax_keeps_for_itself_may_be_missing_but_not_of_another_kind(copy):
+    workdir, config = copy
+    note = folder(workdir, 20) / "_CHECKPOINT_METADATA"
+    note.write_text("[]")
+    with pytest.raises(InputError, match="_CHECKPOINT_METADATA is missing or Orbax's"):
+        save(config, make_state(config, make_mesh(config)), [20])
+    note.unlink()
+    assert checkpoint.step_to_resume(config, digits()) == (20, [])
+    save(config, make_state(config, make_mesh(config)), [30])
+    assert checkpoint.steps(workdir) == [30, 20, 10]
 
 
 # The layout of an older version

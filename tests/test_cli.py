@@ -272,6 +272,14 @@ def test_a_presets_own_fields_and_other_options_stand_side_by_side():
     assert flags == ["--topology", "v5e:2x4"]
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", "/x"])
+def test_a_run_has_the_name_of_a_folder(refused, name):
+    line = refused(run_train, "digits", "--name", name)
+    assert f"--name: {name!r} should be the name of a folder in runs/, not a path" in line
+    config = cli.parse_config(["digits", "--name", name, "--workdir", "x"], "train.py", "")
+    assert config.workdir == Path("x")
+
+
 # Exit statuses
 
 

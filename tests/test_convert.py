@@ -229,6 +229,26 @@ FAULTS = [
         "x_embedder.proj.weight has shape (52, 4), which should have 4 axes",
     ),
     (
+        having("x_embedder.proj.weight", np.zeros((0, 4, 2, 2))),
+        "x_embedder.proj.weight: (0, 4, 2, 2) should be of more than 0 along each axis",
+    ),
+    (
+        having("blocks.1000.mlp", np.zeros(3)),
+        "blocks.1000.mlp of shape (3,) is unknown; it should not be there",
+    ),
+    (
+        having(f"blocks.{'9' * 5000}.mlp", np.zeros(3)),
+        "9.mlp of shape (3,) is unknown; it should not be there",
+    ),
+    (
+        having("y_embedder.embedding_table.weight", np.zeros((1, 52))),
+        "x.safetensors: data.num_classes: 0 should be more than 0",
+    ),
+    (
+        having("pos_embed", np.zeros((1, 9, 1))),
+        "pos_embed: (1, 9, 1) should be of the width 52, that of x_embedder.proj.weight",
+    ),
+    (
         having("x_embedder.proj.weight", np.zeros((52, 3, 2, 2))),
         "x_embedder.proj.weight: (52, 3, 2, 2) should be of a model of 4 latent channels",
     ),
@@ -284,10 +304,22 @@ def test_a_config_that_describes_no_dit_is_refused(refused, ours, tmp_path):
     convert_command(ours, tmp_path / "theirs", "--to", "diffusers")
     path = tmp_path / "theirs/config.json"
     config = json.loads(path.read_text())
-    for change in (dict(num_layers="three"), dict(patch_size=0), dict(_class_name="UNet")):
+    source = tmp_path / "theirs/diffusion_pytorch_model.safetensors"
+    for change, words in [
+        (dict(num_layers="three"), "num_layers: 'three' should be of type int"),
+        (dict(num_layers=300), f"num_layers: 300 should be 3, the blocks in {source}"),
+        (dict(attention_head_dim=8), f"{source}: pos_embed.proj.weight: (52, 4, 2, 2) should be"),
+        (dict(patch_size=0), "patch_size: 0 should be more than 0"),
+        (dict(patch_size=2.0), "patch_size: 2.0 should be of type int"),
+        (dict(num_attention_heads=-13, attention_head_dim=-4), "heads: -13 should be more than 0"),
+        (dict(sample_size=None), "sample_size: None should be of type int"),
+        (dict(sample_size=514), "sample_size: 514 should be at most 512"),
+        (dict(_class_name="UNet"), "_class_name: 'UNet' should be"),
+    ]:
         path.write_text(json.dumps(config | change))
         line = refused(convert_command, tmp_path / "theirs", tmp_path / "out")
-        assert "should describe a DiT" in line or "_class_name: 'UNet' should be" in line
+        assert words in line
+        assert str(path) in line
     assert not (tmp_path / "out").exists()
 
 
@@ -316,7 +348,10 @@ def test_names_that_cannot_be_written_are_refused(refused, ours, tmp_path, monke
     [
         (dict(data=dict(latents=None, mask_classes=2)), "data.mask_classes: 2 should be 0"),
         (dict(model=dict(conditioning="adaln")), "'adaln' should be of adaln_zero blocks"),
-        (dict(objective=dict(name="flow")), "objective.name: 'flow' should be ddpm"),
+        (
+            dict(objective=dict(name="flow"), train=dict(sampler=None)),
+            "objective.name: 'flow' should be ddpm",
+        ),
     ],
 )
 def test_what_the_other_layouts_cannot_hold_is_refused(
@@ -374,6 +409,12 @@ def test_a_vae_goes_through_a_file(tmp_path):
         (dict(block_out_channels=[8, 8, 12, 20]), "has shape"),
         (dict(_class_name="VQModel"), "_class_name: 'VQModel' should be 'AutoencoderKL'"),
         (dict(norm_num_groups=5), "should describe an AutoencoderKL"),
+        (dict(block_out_channels=[8, 8, 12, True]), "should be 4 widths, for a factor of 8"),
+        (dict(layers_per_block=3), "layers_per_block: 3 should be as many as the 184 tensors fill"),
+        (dict(layers_per_block=2), "up_blocks.0.resnets.2.conv1.bias is missing"),
+        (dict(layers_per_block=True), "layers_per_block: True should be as many as the 184"),
+        (dict(layers_per_block="one"), "layers_per_block: 'one' should be as many as the 184"),
+        (dict(layers_per_block=0), "layers_per_block: 0 should be as many as the 184 tensors"),
     ],
 )
 def test_a_vae_of_another_shape_is_refused(tmp_path, change, words):

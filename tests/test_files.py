@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dit.config import InputError
-from dit.files import claim_folder, whole
+from dit.files import claim_folder, naming, read_json, whole
 
 REQUEST = {"size": 32, "classes": (1, 2), "vae": None}
 
@@ -59,6 +59,34 @@ def test_a_folder_is_begun_anew_where_a_killed_writer_left_one(tmp_path):
     assert not (tmp_path / "x.tmp").exists()
 
 
+# What no JSON object looks like: each has raised an error of its own
+NO_OBJECTS = [b"", b"{", b"[1]", b"3", b"null", b"\xff", b"9" * 5000, b"[" * 100_000]
+
+
+@pytest.mark.parametrize("content", NO_OBJECTS, ids=range(len(NO_OBJECTS)))
+def test_a_file_that_is_no_json_object_is_refused_by_its_name(tmp_path, content):
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as refusal:
+        read_json(path, "a list of wishes")
+    assert str(refusal.value).startswith(f"{path}: ")
+    assert "should be a list of wishes" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_json_object_is_read_and_a_missing_one_refused(tmp_path):
+    path = tmp_path / "x.json"
+    with pytest.raises(InputError, match="x.json: should be a JSON object .*No such file"):
+        read_json(path)
+    path.write_text('{"a": [1, null]}')
+    assert read_json(path) == {"a": [1, None]}
+
+
+def test_a_refusal_of_what_a_file_holds_names_the_file(tmp_path):
+    with pytest.raises(InputError, match="^x.json: a: 3 should be 4$"), naming("x.json"):
+        raise InputError("a: 3 should be 4")
+
+
 def test_the_same_request_goes_on_in_its_folder(tmp_path):
     folder = tmp_path / "deep" / "parts"
     claim_folder(folder, REQUEST, "--out")
@@ -90,7 +118,7 @@ def test_an_empty_folder_is_as_good_as_none(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["request.json"]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", "3", None])
+@pytest.mark.parametrize("content", ["", "{", "[1]", "3", "[" * 100_000, None])
 def test_a_folder_that_is_damaged_or_of_something_else_is_refused(tmp_path, content):
     (tmp_path / "other").write_text("kept")
     if content is not None:

@@ -478,6 +478,36 @@ def test_many_samples_go_on_where_they_were_killed(tmp_path):
     np.testing.assert_allclose(arrays["arr_0"].astype(int), expected, atol=1)
 
 
+def test_parts_that_are_damaged_or_of_another_batch_are_drawn_again(tmp_path, monkeypatch):
+    drawn = []
+
+    def draw(model, vae, first):
+        drawn.append(first)
+        return np.full((min(2, 9 - first), 4, 4, 1), first, np.uint8)
+
+    def keep_parts(out, paths, labels):
+        raise KeyboardInterrupt
+
+    out, parts = tmp_path / "x.npz", tmp_path / "parts"
+    parts.mkdir()
+    arguments = (draw, None, None, np.arange(9), 2, out, parts)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(generate, "write_npz", keep_parts)
+        generate.draw_npz(*arguments)
+    paths = sorted(parts.iterdir())
+    content = bytearray(paths[0].read_bytes())
+    content[len(content) // 2] ^= 1
+    paths[0].write_bytes(content)
+    np.save(paths[1], np.zeros((2, 4, 5, 1), np.uint8))
+    np.save(paths[2], np.zeros((2, 4, 4, 1)))
+    paths[3].write_bytes(paths[4].read_bytes())
+    drawn.clear()
+    generate.draw_npz(*arguments)
+    assert drawn == [0, 2, 4, 6]
+    shades = np.load(out)["arr_0"][:, 0, 0, 0]
+    np.testing.assert_array_equal(shades, [0, 0, 2, 2, 4, 4, 6, 6, 8])
+
+
 def test_each_host_draws_its_share_of_the_files_and_the_first_joins_them(tmp_path, monkeypatch):
     drawn = []
 

@@ -1,6 +1,8 @@
 """Bytes and floats, crops, grids, and .npz files."""
 
+import io
 import zipfile
+import zlib
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,9 +16,11 @@ from dit.images import (
     from_uint8,
     open_npz,
     open_picture,
+    read_part,
     save_grid,
     to_uint8,
     write_npz,
+    write_part,
 )
 
 
@@ -112,14 +116,49 @@ def test_what_is_no_picture_of_8_bits_is_refused(tmp_path):
         open_picture("--mask", str(tmp_path / "deep.png"), "L")
 
 
+def test_a_picture_of_too_many_pixels_is_refused_with_the_bound_before_it_is_decoded(tmp_path):
+    file = io.BytesIO()
+    Image.fromarray(random_images(3, 5)).save(file, "PNG")
+    content = bytearray(file.getvalue())
+    for width, words in [(4096, "image file is truncated"), (8193, "limit of 67108864 pixels")]:
+        content[16:20] = width.to_bytes(4, "big")
+        content[20:24] = (8192).to_bytes(4, "big")
+        content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+        (tmp_path / "large.png").write_bytes(content)
+        with pytest.raises(InputError, match=f"--mask: .*large.png' should be a picture .*{words}"):
+            open_picture("--mask", str(tmp_path / "large.png"), "L")
+
+
 # .npz files
+
+
+def test_a_part_is_what_was_written_under_its_name_or_nothing(tmp_path):
+    path = tmp_path / "8.npy"
+    assert read_part(path) is None
+    images = random_images(2, 3, 5, 1)
+    write_part(path, images)
+    np.testing.assert_array_equal(read_part(path), images)
+    whole = path.read_bytes()
+    path.rename(tmp_path / "16.npy")
+    assert read_part(tmp_path / "16.npy") is None
+    for content in (b"", bytes(4), bytes(len(whole)), whole[:-1], whole + b"\0"):
+        path.write_bytes(content)
+        assert read_part(path) is None
+    for i in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[i // 8] ^= 1 << i % 8
+        path.write_bytes(flipped)
+        assert read_part(path) is None
+    for other in (random_images(2, 3, 4, 1), np.zeros((2, 3, 5, 1))):
+        np.save(path, other)
+        assert read_part(path) is None
 
 
 def written_npz(folder: Path, images: np.ndarray) -> Path:
     """An .npz that write_npz made of two parts of the images, labelled from 0."""
     parts = [folder / "0.npy", folder / "1.npy"]
-    np.save(parts[0], images[:40])
-    np.save(parts[1], images[40:])
+    write_part(parts[0], images[:40])
+    write_part(parts[1], images[40:])
     write_npz(folder / "images.npz", parts, np.arange(len(images)))
     return folder / "images.npz"
 
@@ -135,6 +174,15 @@ def test_an_npz_holds_its_parts_and_labels_and_is_read_in_batches(tmp_path):
     assert shape == images.shape
     assert [len(batch) for batch in batches] == [64, 36]
     np.testing.assert_array_equal(np.concatenate(batches), images)
+
+
+def test_no_npz_is_written_of_a_part_that_was_damaged_meanwhile(tmp_path):
+    path = written_npz(tmp_path, random_images(100, 3, 5, 1))
+    before = path.read_bytes()
+    (tmp_path / "1.npy").write_bytes((tmp_path / "1.npy").read_bytes()[:-9])
+    with pytest.raises(InputError, match="--out: .*1.npy' should be as it was written; the same"):
+        write_npz(path, [tmp_path / "0.npy", tmp_path / "1.npy"], np.arange(100))
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("array", [np.zeros((2, 3, 3, 3)), np.zeros((2, 3, 3), np.uint8)])

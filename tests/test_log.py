@@ -279,6 +279,27 @@ def test_a_resumed_run_drops_the_metrics_that_it_will_log_again(tmp_path):
     assert not (tmp_path / "nothing.jsonl").exists()
 
 
+NO_ROWS = ["", "{", "3", "[]", "{}", "[" * 100_000, '{"step": "1", "loss": 2}']
+NO_ROWS += ['{"step": 1, "loss": null}', '{"loss": 2.0}', "\N{REPLACEMENT CHARACTER}}"]
+
+
+@pytest.mark.parametrize("line", NO_ROWS, ids=range(len(NO_ROWS)))
+def test_a_line_that_is_no_row_of_metrics_stops_no_run(tmp_path, line):
+    config = config_in(tmp_path)
+    with log.Log(config, 0, 1.0, {}) as run:
+        run.record(1, METRICS)
+        with run.paused():
+            run.write(1)
+    path = tmp_path / "metrics.jsonl"
+    row = path.read_bytes()
+    path.write_bytes(b"\xff}\n" + line.encode() + b"\n" + row + line.encode())
+    (tmp_path / "loss.png").unlink()
+    with log.Log(config, 1, 1.0, {}):
+        assert path.read_bytes() == row
+        path.write_bytes(row + line.encode())
+    assert (tmp_path / "loss.png").exists()
+
+
 def test_a_log_leaves_metrics_events_a_grid_and_a_plot(tmp_path):
     tiles = np.zeros((6, 8, 8, 1), np.uint8)
     with log.Log(config_in(tmp_path), 0, 1.0, {}) as run:

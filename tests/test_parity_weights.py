@@ -203,7 +203,9 @@ def test_pt_files_that_are_no_state_dict_are_refused(refused, tmp_path):
     torch.save([torch.zeros(3)], source)
     assert words in refused(convert_command, source, out)
     words = f"{source}: holds 'dict', which should be a PyTorch state dict: tensors by their names"
-    for stored in ({"epoch": 3, "weights": torch.zeros(3)}, {3: torch.zeros(3)}, {}):
+    expanded = torch.zeros(1).expand(3)  # one number, which says that it is three
+    mixed = {"epoch": 3, "weights": torch.zeros(3)}
+    for stored in (mixed, {3: torch.zeros(3)}, {}, {"weights": expanded}):
         torch.save(stored, source)
         assert words in refused(convert_command, source, out)
     torch.save({"fc.weight": torch.nn.Parameter(torch.zeros(3))}, source)

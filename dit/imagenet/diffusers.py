@@ -14,7 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dit.config import InputError, one_line
+from dit.config import (
+    MAX_SIDE,
+    VAE_FACTOR,
+    InputError,
+    PositiveInt,
+    check_value,
+    require,
+)
 from dit.files import whole
 from dit.imagenet import tensors as files
 from dit.imagenet.official import positions_of, to_official
@@ -36,6 +43,17 @@ NAMES = {
     "final_layer.adaLN_modulation.1": ["proj_out_1"],
     "final_layer.linear": ["proj_out_2"],
 }
+
+# The fields of config.json that say the sizes
+SIZES = [
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "num_layers",
+    "sample_size",
+    "patch_size",
+    "num_embeds_ada_norm",
+]
 
 
 def diffusers_names(name: str, depth: int) -> list[str]:
@@ -65,8 +83,11 @@ def read_diffusers(folder: Path) -> tuple[Tensors, int]:
     Raises InputError.
     """
     folder = files.component_folder(folder, "transformer")
-    model, source = abstract_model(folder), files.weights_file(folder)
+    source = files.weights_file(folder)
+    sizes = read_sizes(folder)
     tensors = files.read_tensors(source)
+    hold_sizes(sizes, tensors, folder / "config.json", source)
+    model = jax.eval_shape(lambda: DiT(**sizes, rngs=nnx.Rngs(0)))
     tensors.pop("pos_embed.pos_embed", None)  # older files keep the fixed positions
     expected = jax.eval_shape(to_official, model)
     files.account(tensors, jax.eval_shape(to_diffusers, expected), source)
@@ -82,6 +103,17 @@ def read_diffusers(folder: Path) -> tuple[Tensors, int]:
     return official, model.num_heads
 
 
+def hold_sizes(sizes: dict[str, Any], tensors: Tensors, path: Path, source: Path) -> None:
+    """Holds what the config claims against the tensors, before a model of that size is built."""
+    depth, found = sizes["depth"], files.count_blocks(tensors, "transformer_blocks")
+    require(depth == found, f"{path}: num_layers", depth, f"{found}, the blocks in {source}")
+    D, C, p = (sizes[name] for name in ("hidden_size", "in_channels", "patch_size"))
+    name = "pos_embed.proj.weight"
+    shape = tensors[name].shape if name in tensors else None
+    expected = f"of shape {(D, C, p, p)}, as {path} says"
+    require(shape == (D, C, p, p), f"{source}: {name}", shape, expected)
+
+
 def check_copies(names: list[str], copies: list[np.ndarray], source: Path) -> None:
     """Raises InputError for a copy that differs from the first."""
     for name, copy in zip(names, copies, strict=True):
@@ -91,26 +123,25 @@ def check_copies(names: list[str], copies: list[np.ndarray], source: Path) -> No
             )
 
 
-def abstract_model(folder: Path) -> DiT:
-    """The model that config.json describes, without its arrays. Raises InputError."""
+def read_sizes(folder: Path) -> dict[str, Any]:
+    """The sizes of the DiT that config.json describes. Raises InputError."""
     config = files.read_class_config(folder, "DiTTransformer2DModel", "Transformer2DModel")
-    try:
-        num_heads, channels = config["num_attention_heads"], config["in_channels"]
-        sizes = dict(
-            input_size=config["sample_size"],
-            patch_size=config["patch_size"],
-            in_channels=channels,
-            hidden_size=num_heads * config["attention_head_dim"],
-            depth=config["num_layers"],
-            num_heads=num_heads,
-            num_classes=config["num_embeds_ada_norm"],
-            learn_sigma=(config.get("out_channels") or channels) == 2 * channels,
-        )
-        return jax.eval_shape(lambda: DiT(**sizes, rngs=nnx.Rngs(0)))
-    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        path = folder / "config.json"
-        raise InputError(f"{path}: should describe a DiT ({reason})") from error
+    path = folder / "config.json"
+    for name in SIZES:
+        check_value(f"{path}: {name}", config.get(name), PositiveInt)
+    size, most = config["sample_size"], MAX_SIDE // VAE_FACTOR
+    require(size <= most, f"{path}: sample_size", size, f"at most {most}")
+    num_heads, channels = config["num_attention_heads"], config["in_channels"]
+    return dict(
+        input_size=size,
+        patch_size=config["patch_size"],
+        in_channels=channels,
+        hidden_size=num_heads * config["attention_head_dim"],
+        depth=config["num_layers"],
+        num_heads=num_heads,
+        num_classes=config["num_embeds_ada_norm"],
+        learn_sigma=(config.get("out_channels") or channels) == 2 * channels,
+    )
 
 
 def write_diffusers(folder: Path, model: DiT) -> None:

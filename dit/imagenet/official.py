@@ -1,6 +1,5 @@
 """The authors' layout of a DiT: its parameters by their names, and its sizes from their shapes."""
 
-import re
 from pathlib import Path
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 
 from dit import config as dit_config
 from dit.config import LATENT_CHANNELS, PRESETS, VAE_FACTOR, Config, InputError, require
+from dit.files import naming
 from dit.imagenet import tensors as files
 from dit.imagenet.tensors import Tensors, from_torch, to_torch
 from dit.model import DiT, position_embedding
@@ -88,14 +88,16 @@ def infer_config(tensors: Tensors, num_heads: int | None, source: Path) -> Confi
     D, C, p, _ = shape = tensors["x_embedder.proj.weight"].shape
     expected = f"of a model of {LATENT_CHANNELS} latent channels"
     require(C == LATENT_CHANNELS, f"{source}: x_embedder.proj.weight", shape, expected)
-    blocks = [re.match(r"blocks\.(\d+)\.", name) for name in tensors]
-    depth = 1 + max(int(block.group(1)) for block in blocks if block)
+    positions = tensors["pos_embed"].shape
+    expected = f"of the width {D}, that of x_embedder.proj.weight"
+    require(positions[2] == D, f"{source}: pos_embed", positions, expected)
+    depth = files.count_blocks(tensors, "blocks")
     num_heads = num_heads or usual_heads(D)
     sizes = dict(patch_size=p, hidden_size=D, depth=depth, num_heads=num_heads)
     names = [name for name, preset in PRESETS.items() if preset == sizes]
 
     ratio = tensors["blocks.0.mlp.fc1.weight"].shape[0] / D
-    side = round(tensors["pos_embed"].shape[1] ** 0.5) * p
+    side = round(positions[1] ** 0.5) * p
     classes = tensors["y_embedder.embedding_table.weight"].shape[0] - 1
     learns_variance = tensors["final_layer.linear.weight"].shape[0] == 2 * p * p * C
     data = dit_config.Data(
@@ -107,13 +109,15 @@ def infer_config(tensors: Tensors, num_heads: int | None, source: Path) -> Confi
         flip=True,
     )
     variance = "learned_range" if learns_variance else "fixed_large"
-    return Config(
+    config = Config(
         name=names[0] if names else "DiT",
         model=dit_config.Model(mlp_ratio=ratio, **sizes),
         objective=dit_config.Objective(variance=variance),
         data=data,
         train=dit_config.Train(dtype="float32", sampler="ddpm", sample_steps=250),
-    ).validate()
+    )
+    with naming(source):
+        return config.validate()
 
 
 def check_ranks(tensors: Tensors, source: Path) -> None:

@@ -11,7 +11,7 @@ differently from Flax and turns kernels around:
 """
 
 import argparse
-import json
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 
 from dit.config import InputError, one_line, require
-from dit.files import whole
+from dit.files import read_json, whole
 
 Tensors = dict[str, np.ndarray]
 
@@ -97,6 +97,12 @@ def account(tensors: Tensors, expected: dict[str, Any], source: Path) -> None:
         raise InputError(f"{source}: {name} of shape {shape} is unknown; it should not be there")
 
 
+def count_blocks(tensors: Tensors, stack: str) -> int:
+    """The number of blocks, as in "blocks.0.mlp", of which there are tensors, from 0 on."""
+    numbers = {name.split(".")[1] for name in tensors if name.startswith(f"{stack}.")}
+    return next(i for i in itertools.count() if str(i) not in numbers)
+
+
 # Files
 
 
@@ -104,7 +110,11 @@ def read_tensors(path: Path) -> Tensors:
     """The tensors of a .safetensors file or of a PyTorch state dict, float32. Raises InputError."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: should be a file of weights, and there is none")
-    return read_safetensors(path) if path.suffix == ".safetensors" else read_state_dict(path)
+    is_safetensors = path.suffix == ".safetensors"
+    tensors = read_safetensors(path) if is_safetensors else read_state_dict(path)
+    for name, tensor in tensors.items():
+        require(tensor.size > 0, f"{path}: {name}", tensor.shape, "of more than 0 along each axis")
+    return tensors
 
 
 def read_safetensors(path: Path) -> Tensors:
@@ -139,6 +149,7 @@ def read_state_dict(path: Path) -> Tensors:
         kind = type(stored).__name__
         raise InputError(
             f"{path}: holds {kind!r}, which should be a PyTorch state dict: tensors by their names"
+            ", each whole"
         )
     return tensors
 
@@ -149,9 +160,14 @@ def to_numpy(stored: Any, torch: ModuleType) -> Tensors | None:
         return None
     are_names = all(isinstance(name, str) for name in stored)
     are_tensors = all(isinstance(value, torch.Tensor) for value in stored.values())
-    if not are_names or not are_tensors:
+    if not are_names or not are_tensors or not all(map(is_whole, stored.values())):
         return None
     return {name: value.detach().float().numpy() for name, value in stored.items()}
+
+
+def is_whole(tensor: Any) -> bool:
+    """Whether a PyTorch tensor stores each of its numbers, rather than one for many."""
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def write_tensors(path: Path, tensors: dict[str, jax.Array]) -> None:
@@ -189,15 +205,9 @@ def component_folder(folder: Path, name: str) -> Path:
 def read_class_config(folder: Path, *classes: str) -> dict[str, Any]:
     """The config.json of one of the classes of diffusers. Raises InputError."""
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path}: should be the config.json of a diffusers {classes[0]} ({one_line(error)})"
-        ) from error
-    found = config.get("_class_name") if isinstance(config, dict) else config
-    is_right = isinstance(config, dict) and found in classes
-    require(is_right, f"{path}: _class_name", found, f"{classes[0]!r}")
+    config = read_json(path, f"the config.json of a diffusers {classes[0]}")
+    found = config.get("_class_name")
+    require(found in classes, f"{path}: _class_name", found, f"{classes[0]!r}")
     return config
 
 

@@ -29,6 +29,8 @@ from dit.imagenet.tensors import (
 LAYERS = 2
 GROUPS = 32
 
+RESNET_TENSORS = 8  # of a ResnetBlock, at least
+
 # The attention's layers in files of before 2023
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -219,25 +221,31 @@ class VAE(nnx.Module):
 def load_vae(folder: str | Path) -> VAE:
     """The VAE in a diffusers `AutoencoderKL` folder, or in a pipeline's. Raises InputError."""
     folder = component_folder(Path(folder), "vae")
-    model = abstract_vae(folder)
     source = weights_file(folder)
     tensors = dict(rename_old(name, tensor) for name, tensor in read_tensors(source).items())
+    model = abstract_vae(folder, len(tensors))
     account(tensors, jax.eval_shape(torch_layout, model), source)
     return from_torch_layout(model, tensors)
 
 
-def abstract_vae(folder: Path) -> VAE:
-    """The network that config.json describes, without its arrays. Raises InputError."""
+def abstract_vae(folder: Path, num_tensors: int) -> VAE:
+    """The network that config.json describes, without its arrays. Raises InputError.
+
+    `num_tensors` is the number of its tensors, which a network of too many layers exceeds.
+    """
     config = read_class_config(folder, "AutoencoderKL")
     channels, widths = config.get("latent_channels"), config.get("block_out_channels")
     expected = f"{LATENT_CHANNELS}, as in Stable Diffusion's VAE"
     require(channels == LATENT_CHANNELS, f"{folder}: latent_channels", channels, expected)
     count = VAE_FACTOR.bit_length()  # between two widths lies a factor of 2
     is_list = isinstance(widths, list) and len(widths) == count
-    are_widths = is_list and all(isinstance(width, int) and width > 0 for width in widths)
+    are_widths = is_list and all(type(width) is int and width > 0 for width in widths)
     expected = f"{count} widths, for a factor of {VAE_FACTOR}"
     require(are_widths, f"{folder}: block_out_channels", widths, expected)
     layers = config.get("layers_per_block", LAYERS)
+    is_filled = type(layers) is int and 0 < 2 * count * layers * RESNET_TENSORS <= num_tensors
+    expected = f"as many as the {num_tensors} tensors fill"
+    require(is_filled, f"{folder}: layers_per_block", layers, expected)
     groups = config.get("norm_num_groups", GROUPS)
     try:
         return jax.eval_shape(lambda: VAE(tuple(widths), layers, groups, rngs=nnx.Rngs(0)))
