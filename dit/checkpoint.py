@@ -160,11 +160,10 @@ def stored_dataset(workdir: Path, step: int) -> dict[str, Any]:
 def stored_metrics(workdir: Path, step: int) -> dict[str, float]:
     """What a run had added up since its last line of metrics, if any. Raises InputError."""
     path = step_folder(workdir, step) / "log/metadata"
-    if not path.is_file():
-        return {}
-    sums = read_json(path)
-    are_sums = all(isinstance(value, float | int) for value in sums.values())
-    require(are_sums and (not sums or "steps" in sums), str(path), sums, "sums of metrics")
+    sums = read_json(path) if path.is_file() else {}
+    for name, value in sums.items():
+        check_value(f"{path}: {name}", value, PositiveInt if name == "steps" else float)
+    require(not sums or "steps" in sums, str(path), sums, "sums of metrics and their steps")
     return sums
 
 

@@ -415,6 +415,24 @@ def test_facts_of_a_data_set_that_cannot_be_are_refused_by_their_file(copy, chan
     assert str(refusal.value).startswith(f"{path}: {words}")
 
 
+@pytest.mark.parametrize(
+    "sums, words",
+    [
+        ({"steps": -1, "loss": 3.0}, "steps: -1 should be more than 0"),
+        ({"steps": 2, "loss": "3"}, "loss: '3' should be of type float"),
+        ({"steps": 2, "loss": float("nan")}, "loss: nan should be a finite number"),
+        ({"loss": 3.0}, "{'loss': 3.0} should be sums of metrics and their steps"),
+    ],
+)
+def test_sums_of_metrics_that_cannot_be_are_refused_by_their_file(copy, sums, words):
+    workdir, _ = copy
+    assert checkpoint.stored_metrics(workdir, 20) == {}
+    path = change_json(workdir, "log", lambda values: values.update(sums))
+    with pytest.raises(InputError) as refusal:
+        checkpoint.stored_metrics(workdir, 20)
+    assert str(refusal.value).startswith(f"{path}: {words}")
+
+
 def test_arrays_of_other_sizes_than_the_config_says_are_refused_by_name(copy):
     workdir, config = copy
     change_json(workdir, "config", lambda values: values["model"].update(depth=10**9))
