@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import optax
 
 from dit import checkpoint, generate
-from dit.data import augment, batch_shapes, batches, drop_condition, open_dataset
+from dit.data import Dataset, augment, batch_shapes, batches, drop_condition, open_dataset
 from dit.imagenet.fid import make_evaluation
 from dit.imagenet.vae import load_vae
 from dit.log import Log, say
@@ -118,6 +118,19 @@ def first_state(config: Config, mesh: jax.sharding.Mesh, start: int) -> State:
     return checkpoint.restore(config.workdir, start, abstract_state(config, mesh))
 
 
+def make_judges(
+    config: Config, dataset: Dataset, mesh: jax.sharding.Mesh, check_stop: Callable[[], None]
+) -> tuple[Callable | None, Callable | None]:
+    """What scores a model and what draws it, None where the config asks for none."""
+    vae = place(load_vae(config.data.vae), replicated(mesh)) if config.data.vae else None
+    evaluate = draw_grid = None
+    if config.eval.every:
+        evaluate = make_evaluation(config, vae, mesh, check_stop)
+    if config.train.sample_every and (vae is not None or not config.data.latents):
+        draw_grid = generate.make_grid_sampler(config, vae, dataset, mesh, check_stop)
+    return evaluate, draw_grid
+
+
 def is_due(step: int, every: int, steps: int) -> bool:
     """Whether a step is a multiple of `every`, or the last."""
     return step == steps or (every > 0 and step % every == 0)
@@ -164,11 +177,7 @@ def train(config: Config, stop: cli.StopRequest | None = None) -> State:
             raise Stopped("stopped; the same command goes on from the newest checkpoint")
 
     with refused_together(distributed):
-        vae = place(load_vae(config.data.vae), replicated(mesh)) if config.data.vae else None
-        evaluate = make_evaluation(config, vae, mesh, check_stop) if config.eval.every else None
-        has_grids = config.train.sample_every > 0 and (vae is not None or not config.data.latents)
-        grid_of = (config, vae, dataset, mesh, check_stop)
-        draw_grid = generate.make_grid_sampler(*grid_of) if has_grids else None
+        evaluate, draw_grid = make_judges(config, dataset, mesh, check_stop)
     check_stop()
     with refused_together(distributed):  # written to only now that no host has refused
         lock = checkpoint.prepare_workdir(config, start)
