@@ -59,8 +59,7 @@ from flax import nnx
 from dit.chips import GIB, Chip, find_chip
 from dit.data import batch_shapes
 from dit.imagenet.inception import Inception
-from dit.imagenet.tensors import component_folder
-from dit.imagenet.vae import GROUPS, LAYERS, VAE, abstract_vae
+from dit.imagenet.vae import GROUPS, LAYERS, VAE, load_vae
 from dit.model import TRAINING_FLOPS, count_parameters, multiply_adds
 from dit.program import Collective, collectives, temporaries
 from dit.sharding import make_mesh
@@ -180,13 +179,13 @@ def share(tree: Any) -> int:
 
 
 def networks(config: Config) -> tuple[Any, Any]:
-    """The VAE and the Inception network that a run loads, abstract, None where it loads none.
+    """The VAE and the Inception network that a run loads, None where it loads none.
 
     A folder that is not here yet counts as Stable Diffusion's VAE.
     """
     folder, vae, inception = config.data.vae, None, None
     if folder and Path(folder).exists():
-        vae = abstract_vae(component_folder(Path(folder), "vae"))
+        vae = load_vae(folder, config.data.latent_scale)
     elif folder:
         vae = jax.eval_shape(lambda: VAE(PUBLISHED_VAE, LAYERS, GROUPS, rngs=nnx.Rngs(0)))
     if config.eval.every:

@@ -99,7 +99,8 @@ def run(options: Sample) -> Path:
         say(line)
     mesh = local_mesh()  # each host draws on its own
     with refused_together(options.distributed):
-        vae = jax.device_put(load_vae(options.vae), replicated(mesh)) if options.vae else None
+        vae = load_vae(options.vae, config.data.latent_scale) if options.vae else None
+        vae = jax.device_put(vae, replicated(mesh))
         mask = read_mask(options, config) if config.data.mask_classes else None
         style = read_style(options, config, vae) if options.style else None
     at_most = len(class_names) if out.suffix == ".npz" else 10

@@ -122,8 +122,9 @@ def make_judges(
     config: Config, dataset: Dataset, mesh: jax.sharding.Mesh, check_stop: Callable[[], None]
 ) -> tuple[Callable | None, Callable | None]:
     """What scores a model and what draws it, None where the config asks for none."""
-    vae = place(load_vae(config.data.vae), replicated(mesh)) if config.data.vae else None
-    evaluate = draw_grid = None
+    vae = evaluate = draw_grid = None
+    if config.data.vae:
+        vae = place(load_vae(config.data.vae, config.data.latent_scale), replicated(mesh))
     if config.eval.every:
         evaluate = make_evaluation(config, vae, mesh, check_stop)
     if config.train.sample_every and (vae is not None or not config.data.latents):

@@ -274,6 +274,16 @@ def test_a_run_without_the_vae_it_names_is_refused(refused, folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_vae_of_another_scale_is_refused(refused, folder, run, vae, tmp_path):
+    other = shutil.copytree(vae, tmp_path / "vae")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.13025}))
+    words = f"data.latent_scale: 0.18215 should be 0.13025, the scaling_factor of {str(other)!r}"
+    assert words in refused(run_train, *latent_flags(folder, other, tmp_path / "run"))
+    assert words in refused(run_sample, run, "--vae", other, "--out", tmp_path / "x.png")
+    load_vae(other, 0.13025)
+
+
 # Writing: shards
 
 

@@ -6,14 +6,16 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import tiny_config, write_vae
 
 import plan
 from dit import cli
 from dit.chips import GIB, Chip
 from dit.config import replace
+from dit.imagenet.vae import load_vae
 from dit.program import Collective
 
 PARAMETERS = 674_834_720  # of DiT-XL/2
@@ -68,6 +70,14 @@ def test_devices_that_do_not_divide_are_refused(refused):
     line = refused(run_plan, "digits", "--topology", "cpu:3", "--mesh.fsdp", "2")
     assert "mesh.data and mesh.fsdp: (-1, 2) should be such that their product is" in line
     assert "the number of devices, 3" in line
+
+
+def test_a_vae_that_is_here_is_counted(tmp_path):
+    folder = write_vae(tmp_path / "vae")
+    config = tiny_config(data=dict(latents="x", vae=str(folder), image_size=48))
+    vae, inception = plan.networks(config)
+    assert inception is None
+    assert plan.share(vae) == sum(leaf.nbytes for leaf in jax.tree.leaves(load_vae(folder)))
 
 
 # What could make a run fit

@@ -8,6 +8,7 @@ have the names of the published files, and everything is float32, whatever the d
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -218,22 +219,29 @@ class VAE(nnx.Module):
 # The published file
 
 
-def load_vae(folder: str | Path) -> VAE:
-    """The VAE in a diffusers `AutoencoderKL` folder, or in a pipeline's. Raises InputError."""
+def load_vae(folder: str | Path, latent_scale: float | None = None) -> VAE:
+    """The VAE in a diffusers `AutoencoderKL` folder, or in a pipeline's. Raises InputError.
+
+    latent_scale: the run's, to be held against the VAE's own scaling_factor, if it has one.
+    """
     folder = component_folder(Path(folder), "vae")
+    config = read_class_config(folder, "AutoencoderKL")
+    own_scale = config.get("scaling_factor", latent_scale)
+    fits = latent_scale is None or own_scale == latent_scale
+    expected = f"{own_scale}, the scaling_factor of {str(folder)!r}"
+    require(fits, "data.latent_scale", latent_scale, expected)
     source = weights_file(folder)
     tensors = dict(rename_old(name, tensor) for name, tensor in read_tensors(source).items())
-    model = abstract_vae(folder, len(tensors))
+    model = abstract_vae(folder, config, len(tensors))
     account(tensors, jax.eval_shape(torch_layout, model), source)
     return from_torch_layout(model, tensors)
 
 
-def abstract_vae(folder: Path, num_tensors: int) -> VAE:
-    """The network that config.json describes, without its arrays. Raises InputError.
+def abstract_vae(folder: Path, config: dict[str, Any], num_tensors: int) -> VAE:
+    """The network that a config.json describes, without its arrays. Raises InputError.
 
     `num_tensors` is the number of its tensors, which a network of too many layers exceeds.
     """
-    config = read_class_config(folder, "AutoencoderKL")
     channels, widths = config.get("latent_channels"), config.get("block_out_channels")
     expected = f"{LATENT_CHANNELS}, as in Stable Diffusion's VAE"
     require(channels == LATENT_CHANNELS, f"{folder}: latent_channels", channels, expected)
