@@ -135,7 +135,7 @@ def measure_peer(
     """The device, and images/s on it."""
     import torch
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))  # as XLA has
+    torch.set_num_threads(os.cpu_count())  # as XLA has
     on_gpu = torch.cuda.is_available()
     pipeline = make_pipeline(
         folder / "diffusers", config, options.sampler, getattr(torch, dtype)
