@@ -127,10 +127,14 @@ def torch_trainer(config: Config, peer: str, compiled: bool) -> Trainer:
 
 
 def seconds_per_step(step: Step, steps: int) -> float:
+    """Waits for each step when the next is under way, as train.py does: each holds memory."""
     start = time.perf_counter()
+    before = 0.0
     for _ in range(steps):
         loss = step()
-    float(loss)  # waits
+        float(before)
+        before = loss
+    float(before)
     return (time.perf_counter() - start) / steps
 
 
@@ -148,8 +152,7 @@ def measure(config: Config, side: str, peer: str, steps: int) -> Figures:
             trainer = jax_trainer(config)
         else:
             trainer = torch_trainer(config, peer, compiled=side == "compile")
-        for _ in range(WARM_UP_STEPS):
-            float(trainer.step())  # waits
+        seconds_per_step(trainer.step, WARM_UP_STEPS)
         seconds = seconds_per_step(trainer.step, steps)
     except RuntimeError as error:  # JAX's and PyTorch's are of no other common kind
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error):
