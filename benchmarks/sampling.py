@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from table import Row, make_row, report
-from train_step import in_own_process
+from train_step import in_own_process, parse_presets
 
 from dit import cli
 from dit.config import Config, PositiveInt, replace, require
@@ -180,15 +180,9 @@ def make_rows(config: Config, options: Options) -> list[Row]:
 
 def parse(argv: list[str]) -> tuple[Options, list[Config]]:
     """The options, and the config of each preset. Raises InputError."""
-    kind, prog = tyro.conf.FlagConversionOff[Options], "benchmarks/sampling.py"
-    options = cli.parse(kind, argv, prog, __doc__, Options(Config()))
-    configs = []
-    for preset in options.presets:
-        config = cli.parse(kind, argv, prog, __doc__, Options(cli.load_preset(preset))).config
-        config = replace(config, data=dict(num_classes=1000))
-        if options.dtype:
-            config = replace(config, train=dict(dtype=options.dtype))
-        configs.append(config.validate())
+    options, configs = parse_presets(Options, argv, "benchmarks/sampling.py", __doc__)
+    configs = [replace(config, data=dict(num_classes=1000)) for config in configs]
+    for config in configs:
         check_comparable(config, options)
     for package in ("torch", "diffusers"):
         require(find_spec(package), package, None, "installed: pip install -e '.[parity]'")

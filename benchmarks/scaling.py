@@ -97,8 +97,7 @@ def prepare(config: Config) -> Program:
     mesh = make_mesh(config, jax.devices()[:1])
     compiled_step = compile_train_step(config, mesh)
     step = make_jax_step(compiled_step, config, mesh)
-    for _ in range(WARM_UP_STEPS):
-        float(step())
+    seconds_per_step(step, WARM_UP_STEPS)
     flops = config.train.batch_size * training_flops(config)
     return Program(step, temporaries(compiled_step), flops, kept_bytes(config))
 

@@ -10,6 +10,7 @@ That it does not fit is a result, too. Flags of a config's fields change every p
 """
 
 import os
+import re
 import resource
 import shutil
 import sys
@@ -62,8 +63,10 @@ class Trainer(NamedTuple):
 
 def peak_rss() -> int:
     """The most bytes that this process has held."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "linux":  # whose getrusage counts what the parent held, too
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes, on a Mac
 
 
 def make_jax_step(compiled_step: Callable, config: Config, mesh: "jax.sharding.Mesh") -> Step:
@@ -226,17 +229,33 @@ def make_rows(config: Config, measured: dict[str, list[Figures]], peer: str) -> 
 
 def parse(argv: list[str]) -> tuple[Options, list[Config]]:
     """The options, and the config of each preset. Raises InputError."""
-    kind, prog = tyro.conf.FlagConversionOff[Options], "benchmarks/train_step.py"
-    options = cli.parse(kind, argv, prog, __doc__, Options(Config()))
+    options, configs = parse_presets(Options, argv, "benchmarks/train_step.py", __doc__)
+    if options.peer != "none":
+        for config in configs:
+            check_comparable(config)
+    check_peer(options.peer)
+    return options, configs
+
+
+def parse_presets(
+    options_of: Callable[[Config], Any], argv: list[str], prog: str, description: str
+) -> tuple[Any, list[Config]]:
+    """The options of a benchmark, and the config of each of its presets under the same flags.
+
+    `options_of` is a dataclass of a config, presets, a dtype and more. Raises InputError.
+    """
+
+    def parsed(config: Config) -> Any:
+        kind = tyro.conf.FlagConversionOff[options_of]
+        return cli.parse(kind, argv, prog, description, options_of(config))
+
+    options = parsed(Config())
     configs = []
     for preset in options.presets:
-        config = cli.parse(kind, argv, prog, __doc__, Options(cli.load_preset(preset))).config
+        config = parsed(cli.load_preset(preset)).config
         if options.dtype:
             config = replace(config, train=dict(dtype=options.dtype))
         configs.append(config.validate())
-        if options.peer != "none":
-            check_comparable(config)
-    check_peer(options.peer)
     return options, configs
 
 
