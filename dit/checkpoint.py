@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any
 
 from dit.config import (
     Config,
-    Diverged,
     InputError,
     PositiveInt,
     Unsaved,
     check_value,
+    diverged,
     from_json,
     one_line,
     replace,
@@ -303,11 +303,7 @@ class Checkpoints:
         if step in self.manager.all_steps():
             return
         if not jax.jit(is_finite)(state):
-            raise Diverged(
-                f"the state after step {step} should be finite; the checkpoints in "
-                f"{str(self.folder)!r} are from before it; begin again under another --name with "
-                "a lower optim.learning_rate, or with optim.grad_clip"
-            )
+            raise diverged(f"the state after step {step}", self.folder)
         with self._failures_noted():
             self.manager.wait_until_finished()
         optimizer = {"step": state.step, "opt_state": state.opt_state}

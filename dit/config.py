@@ -47,6 +47,14 @@ class Diverged(RuntimeError):
     """The loss, its gradient or the state of a run is not finite any more."""
 
 
+def diverged(what: str, folder: Path) -> Diverged:
+    """The error of a run that keeps its checkpoints in a folder."""
+    return Diverged(
+        f"{what} should be finite; the checkpoints in {str(folder)!r} are from before it; begin "
+        "again under another --name with a lower optim.learning_rate, or with optim.grad_clip"
+    )
+
+
 class Unsaved(RuntimeError):
     """A run has ended whose last checkpoint could not be written."""
 

@@ -20,11 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 from dit.chips import find_chip
-from dit.config import Config, Diverged
+from dit.config import Config, diverged
 from dit.images import save_grid
 
 Metrics = dict[str, float]
-Sums = dict[str, float]
 
 
 def say(text: str) -> None:
@@ -123,7 +122,7 @@ class Log:
     `unwritten` is what the run had added up since its last line when it was saved.
     """
 
-    def __init__(self, config: Config, start: int, flops_per_image: float, unwritten: Sums):
+    def __init__(self, config: Config, start: int, flops_per_image: float, unwritten: Metrics):
         self.config = config
         self.clock = Clock(flops_per_image)
         self.progress = Progress(config.train.steps, "step", start, sys.stdout)
@@ -152,13 +151,8 @@ class Log:
             values = {name: float(value) for name, value in metrics.items()}
             loss, grad_norm = values["loss"], values["grad_norm"]
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                folder = str(self.config.workdir / "checkpoints")
-                raise Diverged(
-                    f"loss: {loss} with gradient norm {grad_norm} at step {step} should be finite; "
-                    f"the checkpoints in {folder!r} are from before it; "
-                    "begin again under another --name with a lower optim.learning_rate, or with "
-                    "optim.grad_clip"
-                )
+                what = f"loss: {loss} with gradient norm {grad_norm} at step {step}"
+                raise diverged(what, self.config.workdir / "checkpoints")
             for name, value in {"steps": 1, **values}.items():
                 self.unwritten[name] = self.unwritten.get(name, 0) + value
             self.progress.advance(1, f"loss {loss:.4f}  {self.rates}".rstrip())
