@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +22,8 @@ from dit.config import Data, InputError, one_line, require
 from dit.images import centre_crop
 
 MAX_DAMAGED = 0.01  # of the records; with more the data set is refused
+MAX_NAMED = 20  # damaged records that are told of
+UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # by Pillow
 
 Record = dict[str, np.ndarray]  # {"image": uint8 [H, W, C], "label": int32}, or with a "mask"
 Batch = dict[str, np.ndarray]  # records, stacked
@@ -31,14 +33,31 @@ class Undecodable(InputError):
     """A record whose image is damaged."""
 
 
-class Decoded:
-    """A TFDS data source as records: decoded, cropped and resized when they are read."""
+def open_bytes(stored: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(stored))
 
-    def __init__(self, source: Any, image_key: str, label_key: str, config: Data):
+
+class Decoded:
+    """A TFDS data source as records: decoded, cropped and resized when they are read.
+
+    `open_image` opens what the source has of an image.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        image_key: str,
+        label_key: str,
+        config: Data,
+        open_image: Callable[[Any], Image.Image] = open_bytes,
+        max_damaged: float = MAX_DAMAGED,
+    ):
         self.source = source
         self.image_key = image_key
         self.label_key = label_key
         self.config = config
+        self.open_image = open_image
+        self.max_damaged = max_damaged
         self.damaged: set[int] = set()
         self.lock = threading.Lock()
         self.pool = ThreadPoolExecutor(os.cpu_count())
@@ -84,12 +103,13 @@ class Decoded:
             is_new = i not in self.damaged
             self.damaged.add(i)
             count = len(self.damaged)
-        if count > MAX_DAMAGED * len(self):
+        if count > self.max_damaged * len(self):
+            most = f"{self.max_damaged:.0%}"
             raise InputError(
-                f"data.name: {self.config.name!r} should have at most {MAX_DAMAGED:.0%} damaged "
-                f"records, and has {count} or more of {len(self):,}; one is {error}"
+                f"data.name: {self.config.name!r} should have at most {most} damaged records, and "
+                f"has {count} or more of {len(self):,}; one is {error}"
             ) from error
-        if is_new:  # on every host, as each reads records of its own
+        if is_new and count <= MAX_NAMED:  # on every host, as each reads records of its own
             line = f"damaged record {count}, the next takes its place: {error}"
             tqdm.write(line, file=sys.stderr)
 
@@ -97,9 +117,9 @@ class Decoded:
         """uint8 `[H, W, C]`, whatever colour space the file is in."""
         mode = "L" if self.config.channels == 1 else "RGB"
         try:
-            picture = Image.open(io.BytesIO(stored[self.image_key])).convert(mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            name = stored.get("file_name", b"").decode() or f"record {i}"
+            picture = self.open_image(stored[self.image_key]).convert(mode)
+        except UNDECODABLE as error:
+            name = stored.get("file_name", b"").decode(errors="replace") or f"record {i}"
             raise Undecodable(
                 f"{self.config.name}: {name} cannot be decoded ({one_line(error)})"
             ) from error
@@ -141,30 +161,50 @@ def tfds_builder(name: str) -> Any:
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         builder = tfds.builder(name, file_format="array_record")
-    except (ValueError, AssertionError, ImportError) as error:
+    except Exception as error:  # whatever the code of a builder does
         if "File format" in str(error):
             raise InputError(
                 f"data.name: {name!r} was prepared as TFRecord, which only TensorFlow reads; set "
                 "TFDS_DATA_DIR to another folder, and it will be prepared there as ArrayRecord"
             ) from error
         names = ["digits", *tfds.list_builders(with_community_datasets=False)]
-        near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0)[0]
-        raise InputError(
-            f"data.name: {name!r} should be `digits` or a TFDS data set; the nearest is {near!r}"
-        ) from error
+        if name in names:
+            raise InputError(
+                f"data.name: {name!r} should have a builder that works ({reason_of(error)})"
+            ) from error
+        expected = "`digits` or a TFDS data set, or a folder of pictures that exists"
+        if "/" not in name:
+            near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0)[0]
+            expected += f"; the nearest is {near!r}"
+        raise InputError(f"data.name: {name!r} should be {expected}") from error
     features = dict(builder.info.features)
     kinds = [type(features.get(key)) for key in record_keys(builder)]
     expected = "a TFDS data set of images with one class label"
     is_labelled = kinds == [tfds.features.Image, tfds.features.ClassLabel]
     require(is_labelled, "data.name", name, expected)
     if not builder.is_prepared():
-        download(builder)
+        is_own = not type(builder).__module__.startswith("tensorflow_datasets.")
+        prepare(builder) if is_own else download(builder)
     return builder
 
 
 def record_keys(builder: Any) -> tuple[str, str]:
     """The names under which records hold the image and its label."""
     return builder.info.supervised_keys or ("image", "label")
+
+
+def prepare(builder: Any) -> None:
+    """Has a builder that is not TFDS's own write its records. Raises InputError."""
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # whatever the code of a builder does
+        raise InputError(
+            f"data.name: {builder.name!r} should have a builder that works ({reason_of(error)})"
+        ) from error
+
+
+def reason_of(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)[:300]}"
 
 
 def download(builder: Any) -> None:
@@ -196,8 +236,12 @@ def open_split(builder: Any, split: str, **options: Any) -> Any:
 
 
 def read_class_names(builder: Any, label_key: str) -> tuple[str, ...]:
-    """A name for each label: TFDS's own, but words in place of ImageNet's synsets."""
-    names = tuple(builder.info.features[label_key].names)
+    """A name for each label."""
+    return class_words(tuple(builder.info.features[label_key].names))
+
+
+def class_words(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of classes, but words in place of ImageNet's synsets."""
     is_imagenet = len(names) == 1000 and names[0] == "n01440764"
     return imagenet_names() if is_imagenet else names
 
