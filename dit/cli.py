@@ -77,11 +77,11 @@ def run_file(path: Path, modified: int) -> Any:
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)  # at the end, so that nothing in it hides a package
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}".replace(".", "_"), path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where TFDS looks for the builder's file
     try:
-        spec.loader.exec_module(module)
+        exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
     except Exception as error:  # whatever a user's file does
         return InputError(f"{path}: {type(error).__name__}: {one_line(error)}")
     return vars(module).get("config")

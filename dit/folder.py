@@ -144,10 +144,10 @@ def bound_of(text: str, count: int) -> int:
 
 
 def spread(classes: list[list[str]]) -> list[Labelled]:
-    """The pictures of each class in a fixed order in which every slice has its share of each class.
+    """The pictures of all classes in a fixed order, of which every slice has its share of each.
 
-    Within a class it is that of the paths' checksums: a further picture moves no other past a
-    third, and names that tell when a picture was made do not decide what it is used for.
+    A class's own are in the order of their paths' checksums: not in that of names, which may tell
+    when a picture was made, and which a new picture leaves as it is.
     """
     places = []
     for label, paths in enumerate(classes):
@@ -199,7 +199,7 @@ def open_upright(path: Path) -> Image.Image:
     """A picture of 8 bits a channel, turned as its camera was held, on white where it is clear."""
     picture = Image.open(path)
     check_mode(picture)
-    picture = ImageOps.exif_transpose(picture)
+    ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode.startswith("I;16"):  # which Pillow would clip at 255
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.has_transparency_data:
