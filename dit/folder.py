@@ -167,9 +167,9 @@ def find_pictures(folder: Path, class_name: str) -> tuple[list[str], list[str]]:
     paths = []
     for parent, folders, names in os.walk(folder / class_name, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
-        shown = [name for name in pictures if not name.startswith(".")]
-        paths += [os.path.relpath(os.path.join(parent, name), folder) for name in shown]
+        for name in names:
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                paths.append(os.path.relpath(os.path.join(parent, name), folder))
     paths.sort()
     with ThreadPoolExecutor(THREADS) as pool:
         reasons = list(pool.map(lambda path: problem(folder / path), paths))
