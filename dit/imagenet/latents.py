@@ -1,9 +1,10 @@
 """Images to VAE latents: python -m dit.imagenet.latents DATASET --vae VAE_DIR --out OUT
 
-Each image of DATASET, of TFDS or a folder with a subfolder for each class, is cropped to the centre.
-The mean and the standard deviation of its posterior, and of its mirror image's, are kept in
-float16: 32 KiB at 256x256, 42 GB for ImageNet. OUT is a TFDS folder in ArrayRecord, which Grain reads too. Killed and started again, it goes on at
-the first shard that is missing, to the same bytes.
+DATASET is a TFDS data set or a folder of pictures, a subfolder for each class. Each image is cropped
+to the centre. The mean and the standard deviation of its posterior, and of its mirror image's, are
+kept in float16: 32 KiB at 256x256, 42 GB for ImageNet. OUT is a TFDS folder in ArrayRecord, which
+Grain reads too. Killed and started again, it goes on at the first shard that is missing, to the
+same bytes.
 """
 
 import functools
