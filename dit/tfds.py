@@ -4,13 +4,15 @@ Images are decoded when they are read. One that is damaged is named and counted,
 its place, so what stands at an index never changes.
 """
 
+import contextlib
 import difflib
+import inspect
 import io
 import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -160,6 +162,7 @@ def tfds_builder(name: str) -> Any:
     # TFDS warns of folders that do not exist, which the InputError below reports
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
+        locate(name)
         builder = tfds.builder(name, file_format="array_record")
     except Exception as error:  # whatever the code of a builder does
         if "File format" in str(error):
@@ -169,9 +172,7 @@ def tfds_builder(name: str) -> Any:
             ) from error
         names = ["digits", *tfds.list_builders(with_community_datasets=False)]
         if name in names:
-            raise InputError(
-                f"data.name: {name!r} should have a builder that works ({reason_of(error)})"
-            ) from error
+            raise faulty_builder(name, error) from error
         expected = "`digits` or a TFDS data set, or a folder of pictures that exists"
         if "/" not in name:
             near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0)[0]
@@ -183,9 +184,24 @@ def tfds_builder(name: str) -> Any:
     is_labelled = kinds == [tfds.features.Image, tfds.features.ClassLabel]
     require(is_labelled, "data.name", name, expected)
     if not builder.is_prepared():
-        is_own = not type(builder).__module__.startswith("tensorflow_datasets.")
-        prepare(builder) if is_own else download(builder)
+        prepare(builder) if is_own(type(builder)) else download(builder)
     return builder
+
+
+def is_own(kind: type) -> bool:
+    """Whether a class of builders is the user's own."""
+    return not kind.__module__.startswith("tensorflow_datasets.")
+
+
+def locate(name: str) -> None:
+    """Tells TFDS the folder of a builder of one's own, which it finds for those in packages."""
+    import tensorflow_datasets as tfds
+    from etils import epath
+
+    with contextlib.suppress(ValueError):  # it has no code, or its name says more
+        kind = tfds.builder_cls(name)
+        if is_own(kind):
+            kind.pkg_dir_path = epath.Path(inspect.getfile(kind)).parent
 
 
 def record_keys(builder: Any) -> tuple[str, str]:
@@ -195,16 +211,47 @@ def record_keys(builder: Any) -> tuple[str, str]:
 
 def prepare(builder: Any) -> None:
     """Has a builder that is not TFDS's own write its records. Raises InputError."""
+    import tensorflow_datasets as tfds
+
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
     try:
-        builder.download_and_prepare()
+        with pillow_encodes():
+            builder.download_and_prepare()
     except Exception as error:  # whatever the code of a builder does
-        raise InputError(
-            f"data.name: {builder.name!r} should have a builder that works ({reason_of(error)})"
-        ) from error
+        raise faulty_builder(builder.name, error) from error
 
 
-def reason_of(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error)[:300]}"
+def faulty_builder(name: str, error: Exception) -> InputError:
+    """The refusal of a builder whose code raises an error, with what lies at its root."""
+    while error.__cause__ is not None:  # TFDS puts its own on top
+        error = error.__cause__
+    reason = f"{type(error).__name__}: {one_line(error)[:300]}"
+    return InputError(f"data.name: {name!r} should have a builder that works ({reason})")
+
+
+@contextlib.contextmanager
+def pillow_encodes() -> Iterator[None]:
+    """Has Pillow encode the arrays that a builder yields as images, where TFDS has TensorFlow do it.
+
+    Nearly all are PNG, the same pixels from either.
+    """
+    from tensorflow_datasets.core.features import image_feature
+
+    def encode(encoder: Any, image: np.ndarray) -> bytes:
+        image_feature._validate_np_array(image, shape=encoder.shape, dtype=encoder.np_dtype)
+        file = io.BytesIO()
+        picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+        picture.save(file, encoder.encoding_format, quality=95)  # as TensorFlow's JPEG
+        return file.getvalue()
+
+    kind = image_feature._ImageEncoder
+    before = kind._encode_image
+    kind._encode_image = encode
+    try:
+        yield
+    finally:
+        kind._encode_image = before
 
 
 def download(builder: Any) -> None:
@@ -214,7 +261,8 @@ def download(builder: Any) -> None:
     failures = (tfds.download.DownloadError, AssertionError, ImportError, OSError)
     try:
         requests.head("https://storage.googleapis.com", timeout=5)  # TFDS would try for minutes
-        builder.download_and_prepare()
+        with pillow_encodes():
+            builder.download_and_prepare()
     except failures as error:  # those of requests are OSErrors
         is_offline = isinstance(error, requests.exceptions.RequestException)
         reason = "no network" if is_offline else f"{type(error).__name__} {one_line(error)}"

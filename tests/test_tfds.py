@@ -207,29 +207,25 @@ def test_a_builder_of_ones_own_is_prepared_and_read_without_a_network(offline, p
 
 
 @pytest.mark.parametrize(
-    "name, sound, broken, words",
+    "name, set_name, sound, broken, words",
     [
+        ("BadInfo", "bad_info", "tfds.features.Image", "np.Imag", "works (AttributeError: module "),
+        ("BadItems", "bad_items", "30 * i", "30 // 0", "works (ZeroDivisionError: "),
+        ("BadShape", "bad_shape", "np.full((8, 8, 1)", "np.full((8, 7, 1)", "works (ValueError: "),
         (
-            "BrokenInfo",
-            "tfds.features.Image(shape=(8, 8, 1))",
-            "tfds.features.Imag()",
-            "should have a builder that works (AttributeError: ",
+            "BadLabel",
+            "bad_label",
+            '"label": label',
+            '"other": label',
+            "images with one class label",
         ),
-        (
-            "BrokenExamples",
-            "30 * i",
-            "30 / 0 * i",
-            "should have a builder that works (ZeroDivisionError: ",
-        ),
-        ("BrokenFeatures", '"label": label', '"other": label', "of images with one class label"),
     ],
 )
-def test_what_goes_wrong_in_a_builder_is_named(refused, offline, name, sound, broken, words):
+def test_what_goes_wrong_in_a_builder_is_named(
+    refused, offline, name, set_name, sound, broken, words
+):
     builder = BUILDER.replace("NAME", name).replace(sound, broken)
-    set_name = {"BrokenInfo": "broken_info", "BrokenExamples": "broken_examples"}.get(name)
-    set_name = set_name or "broken_features"
     (offline / "own_config.py").write_text(builder + CONFIG.replace("SET", set_name))
-    flags = [flag for flag in TINY[1:] if flag]
-    line = refused(run_train, offline / "own_config.py", *flags)
+    line = refused(run_train, offline / "own_config.py", *TINY[1:])
     assert f"data.name: {set_name!r} should " in line
     assert words in line

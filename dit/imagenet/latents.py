@@ -1,6 +1,6 @@
 """Images to VAE latents: python -m dit.imagenet.latents DATASET --vae VAE_DIR --out OUT
 
-DATASET is a TFDS data set or a folder of pictures, a subfolder for each class. Each image is cropped
+DATASET is a TFDS data set, or a folder with a subfolder of pictures for each class. Each is cropped
 to the centre. The mean and the standard deviation of its posterior, and of its mirror image's, are
 kept in float16: 32 KiB at 256x256, 42 GB for ImageNet. OUT is a TFDS folder in ArrayRecord, which
 Grain reads too. Killed and started again, it goes on at the first shard that is missing, to the
