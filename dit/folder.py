@@ -85,7 +85,8 @@ def open_folder(config: Data) -> tuple[Decoded, tuple[str, ...]]:
     expected = f"a slice of its {len(pictures)} pictures that is not empty"
     require(is_slice, "data.split", config.split, expected)
     if unreadable:
-        say(f"{name}: {len(unreadable)} files cannot be read and are left out: {some(unreadable)}")
+        count, total = len(unreadable), len(unreadable) + len(pictures)
+        say(f"{name}: left out {count} of {total:,} files that cannot be read: {some(unreadable)}")
     source = Files(folder, pictures[first:stop])
     records = Decoded(source, "image", "label", config, open_upright, MAX_DAMAGED)
     return records, class_words(class_names)

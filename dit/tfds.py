@@ -232,7 +232,7 @@ def faulty_builder(name: str, error: Exception) -> InputError:
 
 @contextlib.contextmanager
 def pillow_encodes() -> Iterator[None]:
-    """Has Pillow encode the arrays that a builder yields as images, where TFDS has TensorFlow do it.
+    """Has Pillow encode the arrays that a builder yields as images, in place of TensorFlow.
 
     Nearly all are PNG, the same pixels from either.
     """

@@ -234,7 +234,7 @@ def test_files_that_cannot_be_read_are_named_counted_and_left_out(tmp_path, caps
     dataset = data.open_dataset(config_of(folder))
     assert dataset.records.images[:, 2, 2, 0].tolist() == before
     line = capsys.readouterr().out
-    start = f"{folder}: 4 files cannot be read and are left out: cat/a.jpg (cannot identify image "
+    start = f"{folder}: left out 4 of 11 files that cannot be read: cat/a.jpg (cannot identify "
     assert line.startswith(start)
     assert line.endswith(" and 1 more\n") and line.count("\n") == 1
 

@@ -480,10 +480,13 @@ def test_a_folder_of_pictures_has_latents_as_a_tfds_data_set_has(vae, tmp_path, 
         Image.fromarray(np.random.default_rng(size[0]).integers(0, 256, (*size, 3), np.uint8)).save(
             path, lossless=True
         )
-    (folder / "dog/3.jpg").write_bytes((folder / "cat/0.jpg").read_bytes()[:400])
+    whole = (folder / "cat/0.jpg").read_bytes()
+    (folder / "dog/3.jpg").write_bytes(whole[: len(whole) // 2])
     options = ["--size", 32, "--batch-size", 1, "--vae", vae, "--out", tmp_path / "out"]
     latents_command(folder, *options)
-    assert "latents of 3 images" in capsys.readouterr().out
+    output = capsys.readouterr()
+    assert "latents of 3 images" in output.out
+    assert "dog/3.jpg cannot be decoded" in output.err
     config = Data(name=str(folder), latents=str(tmp_path / "out"), image_size=32, channels=3)
     stored = data.open_dataset(dataclasses.replace(config, latent_scale=0.8))
     assert stored.class_names == ("cat", "dog")
