@@ -128,7 +128,7 @@ def subfolders(folder: Path) -> list[str]:
 
 def check_names(config: Data, class_names: list[str]) -> None:
     """Raises InputError unless there are classes that differ in more than the case."""
-    expected = "a folder that holds one of pictures for each class, named after it, and holds none"
+    expected = "a folder with a subfolder of pictures for each class, and has none"
     require(class_names, "data.name", config.name, expected)
     seen: dict[str, str] = {}
     for name in class_names:

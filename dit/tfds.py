@@ -10,6 +10,7 @@ import inspect
 import io
 import logging
 import os
+import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,8 @@ from dit.images import centre_crop
 
 MAX_DAMAGED = 0.01  # of the records; with more the data set is refused
 MAX_NAMED = 20  # damaged records that are told of
-UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # by Pillow
+UNDECODABLE = (OSError, SyntaxError, ValueError, struct.error)  # what Pillow raises
+UNDECODABLE += (Image.DecompressionBombError,)
 
 Record = dict[str, np.ndarray]  # {"image": uint8 [H, W, C], "label": int32}, or with a "mask"
 Batch = dict[str, np.ndarray]  # records, stacked

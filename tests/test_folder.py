@@ -280,8 +280,12 @@ def broken_mode(folder: Path) -> None:
 @pytest.mark.parametrize(
     "write, changed, words",
     [
-        (none, {}, "should be a folder that holds one of pictures for each class, named after it,"),
-        (only_pictures, {}, "holds one of pictures for each class, named after it, and holds none"),
+        (none, {}, "should be a folder with a subfolder of pictures for each class, and has none"),
+        (
+            only_pictures,
+            {},
+            "should be a folder with a subfolder of pictures for each class, and has",
+        ),
         (
             empty_class,
             {},
