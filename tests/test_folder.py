@@ -69,7 +69,7 @@ def test_a_subfolder_is_a_class_and_its_pictures_are_found_whatever_they_are(tmp
     assert dataset.class_names == ("Dog", "cat")
     batch = dataset.records.read(range(len(dataset.records)))
     assert sorted(batch["image"][:, 2, 2, 0]) == [0, 1, 2, 3, 4, 104]
-    assert batch["image"].shape == (5, 5, 5, 1)
+    assert batch["image"].shape == (6, 5, 5, 1)
     np.testing.assert_array_equal(batch["label"], batch["image"][:, 2, 2, 0] < 100)
     assert batch["label"].dtype == np.int32
 
