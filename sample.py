@@ -188,19 +188,20 @@ def check(options: Sample, config: Config) -> None:
 def class_number(word: str, class_names: tuple[str, ...]) -> int:
     """The class that a number or a name means. Raises InputError.
 
-    Names may hold synonyms, separated by commas; each of them is a name too.
+    Names may hold synonyms, separated by commas; each of them is a name too. A name that is itself
+    a number goes before the number.
     """
     count = len(class_names)
-    if re.fullmatch("-?[0-9]+", word):
-        number = int(word)
-        expected = f"from 0 to {count - 1}: the model has {count} classes"
-        require(0 <= number < count, "--classes", number, expected)
-        return number
     numbers: dict[str, list[int]] = {}
     for k, name in enumerate(class_names):
         for synonym in {name.casefold(), *name.casefold().split(", ")}:
             numbers.setdefault(synonym, []).append(k)
     matches = numbers.get(word.casefold())
+    if matches is None and re.fullmatch("-?[0-9]+", word):
+        number = int(word)
+        expected = f"from 0 to {count - 1}: the model has {count} classes"
+        require(0 <= number < count, "--classes", number, expected)
+        return number
     if matches is None:
         near = difflib.get_close_matches(word.casefold(), numbers, n=1, cutoff=0)[0]
         raise InputError(

@@ -34,7 +34,15 @@ import jax.numpy as jnp
 import optax
 
 from dit import checkpoint, generate
-from dit.data import Dataset, augment, batch_shapes, batches, drop_condition, open_dataset
+from dit.data import (
+    Dataset,
+    augment,
+    batch_shapes,
+    batches,
+    drop_condition,
+    open_dataset,
+    with_num_classes,
+)
 from dit.imagenet.fid import make_evaluation
 from dit.imagenet.vae import load_vae
 from dit.log import Log, say
@@ -163,6 +171,7 @@ def train(config: Config, stop: cli.StopRequest | None = None) -> State:
     with refused_together(distributed):
         mesh = make_mesh(config)
         dataset = open_dataset(config.data)
+        config = with_num_classes(config, dataset)
         start, damaged = checkpoint.step_to_resume(config, dataset)
     require_same(distributed, "train.workdir", str(config.workdir), f"step {start}")
     for line in damaged:

@@ -152,11 +152,11 @@ class Objective:
 
 @dataclass(frozen=True)
 class Data:
-    name: str = "digits"  # `digits` (embedded), or any TFDS image set with a label
-    split: str = "train"  # TFDS split, such as `train` or `train[:90%]`
+    name: str = "digits"  # `digits`, a TFDS image set with a label, or a folder of class folders
+    split: str = "train"  # such as `train`, `train[:90%]` or, of a folder with val/ in it, `val`
     image_size: PositiveInt = 8  # side, in pixels; other sizes are centre-cropped and resized
     channels: Literal[1, 3] = 1  # colours of an image
-    num_classes: PositiveInt = 10  # labels are 0 .. num_classes - 1; num_classes is the null class
+    num_classes: PositiveInt | None = None  # None is the data set's; label num_classes is null
     latents: AnyPath | None = None  # folder of VAE latents by dit.imagenet.latents; None is pixels
     latent_scale: PositiveFloat = 0.18215  # makes the latents' standard deviation about 1
     vae: AnyPath | None = None  # folder of the VAE that decodes latents, for sample grids

@@ -20,6 +20,7 @@ ROWS = [
     "dit.checkpoint",
     "dit.state",
     "dit.data",
+    "dit.folder",
     "dit.tfds",
     "dit.sampling",
     "dit.flow",
