@@ -434,7 +434,7 @@ def test_parts_of_another_checkpoint_are_not_taken_for_this_one(
     with pytest.raises(SystemExit):
         run_sample(*flags)
     shutil.rmtree(tmp_path / "run/checkpoints/2")
-    assert "was begun with checkpoint 2 rather than 1" in refused(run_sample, *flags)
+    assert "was begun with step 2 rather than 1" in refused(run_sample, *flags)
 
 
 def test_folders_and_files_that_hold_no_parts_of_ours_are_refused(refused, run, tmp_path):
