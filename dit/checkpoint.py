@@ -172,12 +172,17 @@ def stored_dataset(workdir: Path, step: int) -> dict[str, Any]:
     facts = read_json(path)
     are_facts = facts.keys() == dataset_facts((), None).keys()
     require(are_facts, str(path), sorted(facts), "class_names and num_examples")
-    names, count = facts["class_names"], stored_config(workdir, step).data.num_classes
+    check_names(path, facts["class_names"], stored_config(workdir, step))
+    check_value(f"{path}: num_examples", facts["num_examples"], PositiveInt | None)
+    return facts
+
+
+def check_names(path: Path, names: Any, config: Config) -> None:
+    """Raises InputError unless the names that a file holds are those of the config's classes."""
+    count = config.data.num_classes
     are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
     fits = are_names and len(names) == count
     require(fits, f"{path}: class_names", names, f"the names of {count} classes")
-    check_value(f"{path}: num_examples", facts["num_examples"], PositiveInt | None)
-    return facts
 
 
 def stored_metrics(workdir: Path, step: int) -> dict[str, float]:
