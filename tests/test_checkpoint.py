@@ -211,6 +211,43 @@ def test_an_empty_folder_holds_no_checkpoint_and_begins_a_run(tmp_path):
     assert resume.step_to_resume(run_config(tmp_path), digits()) == (0, [])
 
 
+# Which checkpoint a path means
+
+
+def test_a_path_means_the_newest_checkpoint_or_the_one_it_names(copy):
+    workdir, _ = copy
+    for path, step in [
+        (workdir, 20),
+        (folder(workdir, 10), 10),
+        (folder(workdir, 20), 20),
+    ]:
+        assert checkpoint.find(path) == (workdir, step, [])
+        model, _ = checkpoint.load(path)
+        expected, _ = checkpoint.load(workdir, step=step)
+        assert largest_difference(model, expected) == 0
+    assert checkpoint.find(workdir, 10) == checkpoint.find(folder(workdir, 10), 10)
+    harm(largest_file(folder(workdir, 20)), "missing")
+    _, step, damaged = checkpoint.find(workdir)
+    assert (step, len(damaged)) == (10, 1)
+
+
+def test_a_checkpoint_that_is_not_kept_or_not_intact_is_refused(copy):
+    workdir, _ = copy
+    words = f"^step: 15 should be one of 20, 10, which {str(workdir)!r} keeps$"
+    for path, step in [(workdir, 15), (folder(workdir, 15), None), (folder(workdir, 15), 15)]:
+        with pytest.raises(InputError, match=words):
+            checkpoint.find(path, step)
+    path = folder(workdir, 20)
+    with pytest.raises(InputError, match=f"^step: 10 should be left out: {str(path)!r} is of step"):
+        checkpoint.find(path, 10)
+    (path / "ema/_METADATA").unlink()
+    words = "^step: 20 should be of an intact checkpoint, in which ema/_METADATA is missing$"
+    with pytest.raises(InputError, match=words):
+        checkpoint.find(workdir, 20)
+    with pytest.raises(InputError, match="^source: '.*' should hold an intact checkpoint in"):
+        checkpoint.find(workdir.parent, 20, "source")
+
+
 # What is stored, when it is not as written
 
 
