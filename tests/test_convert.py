@@ -371,7 +371,7 @@ FAULTS = [
     ),
     (
         having("x_embedder.proj.weight", np.zeros((52, 3, 2, 2))),
-        "final_layer.linear.weight has shape (32, 52), which should be (12, 52)",
+        "final_layer.linear.bias has shape (32,), which should be (12,)",
     ),
 ]
 
