@@ -186,7 +186,7 @@ def test_a_pt_file_of_ours_says_what_no_shape_does(tmp_path):
     for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(loaded), strict=True):
         np.testing.assert_array_equal(a, b)
     state_dict = torch.load(tmp_path / "x.pt", weights_only=True)
-    module = torch.nn.Linear(20, 8)
+    module = torch.nn.Linear(20, 4)
     names = {"weight": "final_layer.linear.weight", "bias": "final_layer.linear.bias"}
     part = type(state_dict)((name, state_dict[name_there]) for name, name_there in names.items())
     part._metadata = state_dict._metadata
