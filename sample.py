@@ -28,6 +28,7 @@ from dit.config import (
     InputError,
     Labels,
     LocalPath,
+    NonNegativeInt,
     PositiveInt,
     Probability,
     Sampler,
@@ -49,7 +50,8 @@ Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR_OR_
 
 @dataclass(frozen=True)
 class Sample:
-    workdir: Source  # such as runs/digits
+    workdir: Source  # such as runs/digits, or one checkpoint: runs/digits/checkpoints/3000
+    step: NonNegativeInt | None = None  # of the checkpoint; None is the newest
     classes: tuple[str, ...] = ()  # by number or name; without any all, or ten in a grid
     per_class: PositiveInt = 8  # images of each class
     num_samples: Count | None = None  # images of random classes instead; for .npz
@@ -75,11 +77,12 @@ class Sample:
 
 def run(options: Sample) -> Path:
     """Draws what the options ask for and returns the file it wrote. Raises InputError."""
-    workdir, out = Path(options.workdir), Path(options.out)
+    out = Path(options.out)
     connect_hosts(options.distributed, "--distributed")
     with refused_together(options.distributed):
         check_value("workdir", options.workdir, LocalPath)
-        step, damaged = checkpoint.newest_intact(workdir)
+        workdir, step, damaged = checkpoint.find(Path(options.workdir), options.step)
+        options = dataclasses.replace(options, workdir=str(workdir), step=step)
         config = checkpoint.stored_config(workdir, step)
         class_names = tuple(checkpoint.stored_dataset(workdir, step)["class_names"])
         options = complete(options, config)
@@ -128,7 +131,7 @@ def run(options: Sample) -> Path:
     )
     if out.suffix == ".npz":
         distributed = options.distributed
-        with claimed_parts(options, step, classes) as parts, ended_together(distributed):
+        with claimed_parts(options, classes) as parts, ended_together(distributed):
             generate.draw_npz(draw, model, vae, labels, options.batch_size, out, parts)
     elif jax.process_index() == 0:
         images = generate.draw_all(draw, model, vae, len(labels), options.batch_size)
@@ -261,7 +264,7 @@ def read_style(options: Sample, config: Config, vae: Any) -> Any:
 
 
 @contextlib.contextmanager
-def claimed_parts(options: Sample, step: int, classes: np.ndarray) -> Iterator[Path]:
+def claimed_parts(options: Sample, classes: np.ndarray) -> Iterator[Path]:
     """A folder for the parts of --out, which only the same request resumes; removed at the end."""
     import jax
 
@@ -269,7 +272,6 @@ def claimed_parts(options: Sample, step: int, classes: np.ndarray) -> Iterator[P
     pictures = [options.mask, options.style]
     request = dataclasses.asdict(options) | {
         "out": out.name,
-        "checkpoint": step,
         "classes": classes.tolist(),
         "pictures": [zlib.crc32(Path(path).read_bytes()) for path in pictures if path],
     }

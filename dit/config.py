@@ -50,8 +50,8 @@ class Diverged(RuntimeError):
 def diverged(what: str, folder: Path) -> Diverged:
     """The error of a run that keeps its checkpoints in a folder."""
     return Diverged(
-        f"{what} should be finite; the checkpoints in {str(folder)!r} are from before it; begin "
-        "again under another --name with a lower optim.learning_rate, or with optim.grad_clip"
+        f"{what} should be finite; the checkpoints in {str(folder)!r} are from before it; the same "
+        "command goes on from the newest, with a lower optim.learning_rate, or with optim.grad_clip"
     )
 
 
@@ -199,6 +199,7 @@ class Train:
     sample_steps: PositiveInt = 50  # denoising steps of the grids; with heun two forwards each
     guidance: float = 2.0  # guidance scale of the sample grids; 1 is none
     wandb: bool = False  # log to Weights & Biases too (needs the `wandb` extra)
+    init_from: AnyPath | None = None  # a run or weights; what fits of them a new run begins with
     workdir: Workdir = None  # where the run is kept; None is runs/NAME
 
 

@@ -17,6 +17,7 @@ ROWS = [
     "dit.imagenet.vae dit.imagenet.inception",
     "dit.imagenet.tensors",
     "dit.identity dit.generate",
+    "dit.resume",
     "dit.checkpoint",
     "dit.state",
     "dit.data",
