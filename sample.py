@@ -89,7 +89,7 @@ def run(options: Sample) -> Path:
     # what follows needs jax, which takes a second to import
     import jax
 
-    from dit import generate
+    from dit import generation
     from dit.imagenet.vae import load_vae
     from dit.images import save_grid
     from dit.log import say
@@ -104,17 +104,17 @@ def run(options: Sample) -> Path:
         mask = read_mask(options, config) if config.data.mask_classes else None
         style = read_style(options, config, vae) if options.style else None
     at_most = len(class_names) if out.suffix == ".npz" else 10
-    classes = np.array(numbers or generate.spread_classes(len(class_names), at_most), np.int32)
+    classes = np.array(numbers or generation.spread_classes(len(class_names), at_most), np.int32)
     if options.num_samples is None:
         labels = classes.repeat(options.per_class)
     else:
-        labels = generate.draw_labels(options.labels, options.seed, classes, options.num_samples)
+        labels = generation.draw_labels(options.labels, options.seed, classes, options.num_samples)
 
     model, config = checkpoint.load(workdir, options.ema, replicated(mesh), options.dtype, step)
-    draw = generate.make_draw(
+    draw = generation.make_draw(
         config,
         mesh,
-        generate.make_condition(labels, config, mask),
+        generation.make_condition(labels, config, mask),
         options.batch_size,
         sampler=options.sampler,
         steps=options.steps,
@@ -129,10 +129,10 @@ def run(options: Sample) -> Path:
     if out.suffix == ".npz":
         distributed = options.distributed
         with claimed_parts(options, step, classes) as parts, ended_together(distributed):
-            generate.draw_npz(draw, model, vae, labels, options.batch_size, out, parts)
+            generation.draw_npz(draw, model, vae, labels, options.batch_size, out, parts)
     elif jax.process_index() == 0:
-        images = generate.draw_all(draw, model, vae, len(labels), options.batch_size)
-        save_grid(out, images, generate.short_names(classes, class_names))
+        images = generation.draw_all(draw, model, vae, len(labels), options.batch_size)
+        save_grid(out, images, generation.short_names(classes, class_names))
     say(f"wrote {out}")
     return out
 

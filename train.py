@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dit import checkpoint, generate
+from dit import checkpoint, generation
 from dit.data import Dataset, augment, batch_shapes, batches, drop_condition, open_dataset
 from dit.imagenet.fid import make_evaluation
 from dit.imagenet.vae import load_vae
@@ -128,7 +128,7 @@ def make_judges(
     if config.eval.every:
         evaluate = make_evaluation(config, vae, mesh, check_stop)
     if config.train.sample_every and (vae is not None or not config.data.latents):
-        draw_grid = generate.make_grid_sampler(config, vae, dataset, mesh, check_stop)
+        draw_grid = generation.make_grid_sampler(config, vae, dataset, mesh, check_stop)
     return evaluate, draw_grid
 
 

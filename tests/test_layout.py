@@ -16,7 +16,7 @@ ROWS = [
     "dit.imagenet.official",
     "dit.imagenet.vae dit.imagenet.inception",
     "dit.imagenet.tensors",
-    "dit.identity dit.generate",
+    "dit.identity dit.generation",
     "dit.checkpoint",
     "dit.state",
     "dit.data",

@@ -17,7 +17,7 @@ from PIL import Image
 
 import sample
 import train
-from dit import checkpoint, generate, images
+from dit import checkpoint, generation, images
 from dit.config import InputError
 from dit.images import to_uint8
 from dit.state import make_model, make_state
@@ -320,7 +320,7 @@ def shown(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize(
     "words, expected",
-    [([], generate.spread_classes(SHOWN_CLASSES)), (["9", "class 2, a synonym", "4"], [9, 2, 4])],
+    [([], generation.spread_classes(SHOWN_CLASSES)), (["9", "class 2, a synonym", "4"], [9, 2, 4])],
 )
 def test_each_row_of_a_grid_is_of_the_class_that_stands_before_it(
     shown, tmp_path, monkeypatch, words, expected
@@ -377,13 +377,13 @@ def test_cfg_channels_are_the_channels_that_are_guided_away_from_the_null_class(
 
 
 class DiesOnce:
-    """`generate.make_draw` whose function is killed at its third batch, once."""
+    """`generation.make_draw` whose function is killed at its third batch, once."""
 
     def __init__(self, monkeypatch):
         self.drawn = []
         self.killed = False
-        self.make_draw = generate.make_draw
-        monkeypatch.setattr(generate, "make_draw", self)
+        self.make_draw = generation.make_draw
+        monkeypatch.setattr(generation, "make_draw", self)
 
     def __call__(self, *args, **options):
         draw = self.make_draw(*args, **options)
@@ -519,7 +519,7 @@ def test_parts_of_another_mask_are_not_taken_for_this_one(refused, layout, tmp_p
 
     save_picture(mask, np.zeros((8, 8)))
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(generate, "write_npz", killed)
+        patch.setattr(generation, "write_npz", killed)
         run_sample(*flags)
     save_picture(mask, np.ones((8, 8)))  # the same name
     assert "was begun with pictures [" in refused(run_sample, *flags)

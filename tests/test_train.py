@@ -19,7 +19,7 @@ from on_hosts import signal_at
 from PIL import Image
 
 import train
-from dit import checkpoint, cli, generate, log
+from dit import checkpoint, cli, generation, log
 from dit.config import Stopped
 from dit.data import InMemory
 from dit.sharding import make_mesh
@@ -216,7 +216,7 @@ def spied_run(tmp_path_factory) -> tuple[Path, list, list]:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_evaluation", make_evaluation)
-        patch.setattr(generate, "make_grid_sampler", make_grid_sampler)
+        patch.setattr(generation, "make_grid_sampler", make_grid_sampler)
         train.train(config)
     return workdir, measured, drawn
 
@@ -250,7 +250,7 @@ def test_neither_is_done_where_it_is_not_asked_for(tmp_path, monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr(train, "make_evaluation", never)
-    monkeypatch.setattr(generate, "make_grid_sampler", never)
+    monkeypatch.setattr(generation, "make_grid_sampler", never)
     train.train(tiny_config(train=dict(workdir=str(tmp_path), steps=1)))
     assert list((tmp_path / "samples").iterdir()) == []
 
