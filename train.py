@@ -38,7 +38,7 @@ from dit.data import Dataset, augment, batch_shapes, batches, drop_condition, op
 from dit.imagenet.fid import make_evaluation
 from dit.imagenet.vae import load_vae
 from dit.log import Log, say
-from dit.model import TRAINING_FLOPS, DiT, count_parameters, multiply_adds
+from dit.model import TRAINING_FLOPS, DiT, check_block, count_parameters, multiply_adds
 from dit.sharding import (
     batch_sharding,
     compiler_options,
@@ -162,6 +162,7 @@ def train(config: Config, stop: cli.StopRequest | None = None) -> State:
     connect_hosts(distributed, "mesh.distributed")
     with refused_together(distributed):
         mesh = make_mesh(config)
+        check_block(config.model.conditioning, config.data.mask_classes)
         dataset = open_dataset(config.data)
         start, damaged = checkpoint.step_to_resume(config, dataset)
     require_same(distributed, "train.workdir", str(config.workdir), f"step {start}")

@@ -104,7 +104,6 @@ Workdir = Annotated[LocalPath | None, tyro.conf.arg(aliases=("--workdir",))]
 # The sections
 
 
-Conditioning = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
 Remat = Literal["none", "dots", "full"]
 Variance = Literal["learned_range", "fixed_small", "fixed_large"]
 Sampler = Literal["ddpm", "ddim", "euler", "heun"]
@@ -126,7 +125,7 @@ class Model:
     num_heads: PositiveInt = 6  # attention heads; divides hidden_size
     patch_size: PositiveInt = 2  # side of a patch, in pixels (in latent pixels where data.latents)
     mlp_ratio: PositiveFloat = 4.0  # width of the MLP, as a multiple of hidden_size
-    conditioning: Conditioning = "adaln_zero"  # how timestep and class enter a block
+    conditioning: str = "adaln_zero"  # block: adaln_zero, adaln, cross_attention, in_context
     remat: Remat = "none"  # of a block the backward pass computes again: all but its dots, or all
 
 
@@ -378,12 +377,10 @@ def check_sampler(name: str, sampler: str, objective: Objective) -> None:
 
 
 def check_masks(config: Config) -> None:
-    masks, conditioning = config.data.mask_classes, config.model.conditioning
+    masks = config.data.mask_classes
     mask_dropout, label_dropout = config.objective.mask_dropout, config.objective.label_dropout
     if masks == 0:
         return
-    uniform = f"0 with model.conditioning = {conditioning!r}, which cannot vary in space"
-    require(conditioning in ("adaln_zero", "adaln"), "data.mask_classes", masks, uniform)
     require(not config.data.latents, "data.mask_classes", masks, "0 with data.latents")
     enough = f"at least objective.label_dropout = {label_dropout}: a label goes with its mask"
     require(mask_dropout >= label_dropout, "objective.mask_dropout", mask_dropout, enough)

@@ -124,6 +124,10 @@ class DDPM:
         """What the network is given at times t `[B]`."""
         return jnp.asarray(self.timesteps)[t]
 
+    def noise_levels(self) -> np.ndarray:
+        """The weight of the noise in (1) at each time, from the last to the first, and then 0."""
+        return np.append(np.sqrt(1 - self.alphas_cumprod[::-1]), 0.0)
+
     # The forward process
 
     def q_sample(self, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
