@@ -376,6 +376,12 @@ def check_sampler(name: str, sampler: str, objective: Objective) -> None:
     require(sampler in samplers, name, sampler, expected)
 
 
+def check_steps(name: str, steps: int, objective: Objective) -> None:
+    """Raises InputError for more denoising steps than the model has timesteps."""
+    most = objective.num_steps if objective.name == "ddpm" else MAX_STEPS
+    require(1 <= steps <= most, name, steps, f"from 1 to the model's {most} timesteps")
+
+
 def check_masks(config: Config) -> None:
     masks = config.data.mask_classes
     mask_dropout, label_dropout = config.objective.mask_dropout, config.objective.label_dropout

@@ -52,7 +52,7 @@ class Flow:
         return np.stack([times[:-1], times[1:]], axis=1).astype(np.float32)
 
     def noise_levels(self, num_steps: int) -> np.ndarray:
-        """The weight of the noise in (1), t, before the first of these steps and after each."""
+        """The weight of the noise in (1) before the first of so many steps and after each."""
         return np.linspace(1, 0, num_steps + 1)
 
     def draw_time(self, key: jax.Array) -> jax.Array:

@@ -182,8 +182,8 @@ class MLP(nnx.Module):
         return self.down(gelu(self.up(x)))
 
 
-# The four block designs of the paper: x [B, T, D] and the condition c to [B, T, D]. c is a vector, of
-# the image or of a token, where the block is `adaptive`; elsewhere it is the sequence of t and y.
+# The four block designs of the paper: x [B, T, D] and the condition c to [B, T, D]. Where the block
+# is `adaptive`, c is a vector of the image or of each token, elsewhere the sequence of t and y.
 
 
 class AdaLNZeroBlock(nnx.Module):

@@ -164,8 +164,8 @@ def ddpm(
         return jnp.where(t > 0, mean + noise, mean), x0
 
     start = sample_noise(keys, process.num_steps, shape)
-    times = np.arange(num_steps)[::-1]
-    return scan_steps(step, start, times, process.noise_levels(), trajectory, frames)
+    times, levels = np.arange(num_steps)[::-1], process.noise_levels(num_steps)
+    return scan_steps(step, start, times, levels, trajectory, frames)
 
 
 def ddim(
@@ -199,8 +199,8 @@ def ddim(
         return x, x0
 
     start = sample_noise(keys, process.num_steps, shape)
-    times = np.arange(num_steps)[::-1]
-    return scan_steps(step, start, times, process.noise_levels(), trajectory, frames)
+    times, levels = np.arange(num_steps)[::-1], process.noise_levels(num_steps)
+    return scan_steps(step, start, times, levels, trajectory, frames)
 
 
 def flow_velocity(

@@ -8,7 +8,7 @@ import pytest
 from conftest import awaken, show_condition, tiny_config
 
 from dit import generation
-from dit.config import SAMPLERS, Config, replace
+from dit.config import SAMPLERS, Config, InputError, replace
 from dit.data import Dataset, InMemory, open_dataset
 from dit.files import claim_folder
 from dit.images import from_uint8, to_uint8
@@ -109,6 +109,72 @@ def test_a_condition_has_the_null_mask_where_the_model_has_masks_and_none_is_giv
     np.testing.assert_array_equal(shared["mask"], [one, one])
     each = generation.make_condition(labels, config, np.stack([one, 1 - one]))
     np.testing.assert_array_equal(each["mask"], [one, 1 - one])
+
+
+@pytest.mark.parametrize(
+    "labels, words",
+    [
+        ([3, 11], r"labels: \[3, 11\] should be integers from 0 to 9, or 10, the null class"),
+        ([-1], "should be integers from 0 to 9"),
+        ([0.5], "should be integers from 0 to 9"),
+        ([], "should be integers from 0 to 9"),
+        (np.ones((2, 10)), r"labels: \(2, 10\) should be of the shape \(2, 11\)"),
+    ],
+)
+def test_labels_that_the_model_has_not_are_refused(labels, words):
+    with pytest.raises(InputError, match=words):
+        generation.make_condition(labels, tiny_config())
+
+
+def test_mixtures_go_from_one_class_to_the_other_in_equal_steps():
+    weights = generation.mixtures(2, 0, 5, 3)
+    expected = [
+        [0, 0, 1, 0],
+        [0.25, 0, 0.75, 0],
+        [0.5, 0, 0.5, 0],
+        [0.75, 0, 0.25, 0],
+        [1, 0, 0, 0],
+    ]
+    np.testing.assert_array_equal(weights, expected)
+    np.testing.assert_array_equal(generation.mixtures(1, 1, 2, 3), [[0, 1, 0, 0], [0, 1, 0, 0]])
+
+
+@pytest.mark.parametrize("options", [DDIM, HEUN])
+def test_generate_draws_what_the_pieces_draw_of_labels_and_of_weights(options):
+    config = config_for(options)
+    model = jax.device_put(awake_model(config), jax.devices()[0])
+    labels = np.array([3, 8, 3])
+    images = generation.generate(model, config, labels.tolist(), guidance=2.0, seed=7, **options)
+    condition = generation.make_condition(labels, config)
+    expected = draw_all(config, awake_model(config), condition, guidance=2.0, seed=7, **options)
+    np.testing.assert_array_equal(images, expected)
+    assert images.dtype == np.uint8
+    soft = np.eye(11)[labels]
+    mixed = generation.generate(model, config, soft, guidance=2.0, seed=7, **options)
+    np.testing.assert_allclose(mixed.astype(int), expected, atol=1)
+
+    frames = generation.generate(
+        model, config, labels, guidance=2.0, seed=7, frames=3, batch_size=8, **options
+    )
+    assert frames.shape == (3, 3, 8, 8, 1)
+    np.testing.assert_allclose(frames[:, -1].astype(int), expected, atol=1)
+    assert len(generation.noise_levels(config, 3, 3)) == 3
+    same = generation.generate(model, config, labels, same_noise=True, **options)
+    np.testing.assert_array_equal(same[0], same[2])
+    assert (images[0] != images[2]).any()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(sampler="euler"), "sampler: 'euler' should be ddim or ddpm"),
+        (dict(steps=102), "steps: 102 should be from 1 to the model's 101 timesteps"),
+        (dict(vae="vae"), "vae: 'str' should be given, as by dit.load_vae"),
+    ],
+)
+def test_generate_refuses_what_the_model_cannot_do(options, words):
+    with pytest.raises(InputError, match=words):
+        generation.generate(None, tiny_config(), [3], **options)
 
 
 def test_example_masks_are_of_images_of_the_class_asked_for():
