@@ -57,10 +57,8 @@ class Sample:
     workdir: Source  # such as runs/digits
     classes: tuple[str, ...] = ()  # by number or name; without any all, or ten in a grid
     interpolate: tuple[str, str] | None = None  # a row from one class to another, of one noise
-    per_class: PositiveInt | None = (
-        None  # images of a class, or of the row; None is 8, or 1 a strip
-    )
-    frames: AtLeastTwo | None = None  # states from noise to image; a .png shows them as a strip
+    per_class: PositiveInt | None = None  # images of a class or a row; None is 8, 1 in a strip
+    frames: AtLeastTwo | None = None  # states from noise to image; in a .png a strip of them
     num_samples: Count | None = None  # images of random classes instead; for .npz
     labels: Labels = "random"  # of --num-samples; balanced has equally many of each class
     guidance: float = 1.0  # scale of classifier-free guidance; 1 is none, 4 makes typical pictures

@@ -110,7 +110,7 @@ def example_masks(dataset: Dataset, labels: np.ndarray) -> np.ndarray:
 def make_sampler(
     config: Config,
     mesh: jax.sharding.Mesh,
-    sampler: str,
+    sampler: str | Callable,
     steps: int,
     eta: float,
     cfg_channels: int | None,
@@ -131,7 +131,7 @@ def make_sampler(
         "euler": sampling.euler,
         "heun": sampling.heun,
     }
-    run = samplers[sampler]
+    run = sampler if callable(sampler) else samplers[sampler]
     if guidance_interval is not None:  # in the network's time
         low, high = guidance_interval
         guidance_interval = (process.time_scale * low, process.time_scale * high)
@@ -174,7 +174,7 @@ def make_draw(
     condition: dict[str, np.ndarray],
     batch_size: int,
     *,
-    sampler: str,
+    sampler: str | Callable,
     steps: int,
     guidance: float = 1.0,
     eta: float = 0.0,
@@ -188,7 +188,8 @@ def make_draw(
 ) -> Draw:
     """The function (model, vae, first) -> uint8 `[n, H, W, C]`, sampled on all devices of the mesh.
 
-    It draws the samples first .. first + n - 1 of the N that `condition` describes, where n is
+    sampler: a name, or a function as those of dit/sampling.py are, for the config's objective. It
+    draws the samples first .. first + n - 1 of the N that `condition` describes, where n is
     `batch_size`, or fewer at the end. Sample i is a function of (seed, i), whatever the batch and
     the number of devices. vae is None for pixels. style: pixels or latents `[1, h, w, C]`, whose
     channel means and deviations each prediction of x_0 takes. guidance_interval is in the
@@ -221,7 +222,7 @@ def generate(
     *,
     guidance: float = 1.0,
     seed: int = 0,
-    sampler: str | None = None,
+    sampler: str | Callable | None = None,
     steps: int | None = None,
     vae: Any = None,
     mask: np.ndarray | None = None,
@@ -235,7 +236,8 @@ def generate(
     `frames`. Raises InputError.
     """
     sampler, steps = sampler or config.sampler, steps or config.train.sample_steps
-    check_sampler("sampler", sampler, config.objective)
+    if isinstance(sampler, str):
+        check_sampler("sampler", sampler, config.objective)
     check_steps("steps", steps, config.objective)
     fits = (vae is None) == (config.data.latents is None)
     expected = "given, as by dit.load_vae(folder), for a model of latents, and for no other"

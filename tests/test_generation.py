@@ -128,13 +128,8 @@ def test_labels_that_the_model_has_not_are_refused(labels, words):
 
 def test_mixtures_go_from_one_class_to_the_other_in_equal_steps():
     weights = generation.mixtures(2, 0, 5, 3)
-    expected = [
-        [0, 0, 1, 0],
-        [0.25, 0, 0.75, 0],
-        [0.5, 0, 0.5, 0],
-        [0.75, 0, 0.25, 0],
-        [1, 0, 0, 0],
-    ]
+    shares = [0, 0.25, 0.5, 0.75, 1]
+    expected = [[share, 0, 1 - share, 0] for share in shares]
     np.testing.assert_array_equal(weights, expected)
     np.testing.assert_array_equal(generation.mixtures(1, 1, 2, 3), [[0, 1, 0, 0], [0, 1, 0, 0]])
 
