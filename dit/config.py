@@ -288,12 +288,13 @@ def from_fields(kind: type, values: Any, prefix: str = "") -> Any:
     return kind(**fields)
 
 
-def replace(config: Config, **sections: dict[str, Any]) -> Config:
+def replace(config: Config, name: str | None = None, **sections: dict[str, Any]) -> Config:
     """The config with some fields changed, such as `replace(config, train=dict(steps=3))`."""
-    for name, changes in sections.items():
-        section = dataclasses.replace(getattr(config, name), **changes)
-        config = dataclasses.replace(config, **{name: section})
-    return config
+    changed = {
+        section: dataclasses.replace(getattr(config, section), **changes)
+        for section, changes in sections.items()
+    }
+    return dataclasses.replace(config, name=name or config.name, **changed)
 
 
 # Each field on its own
