@@ -343,24 +343,30 @@ def shown(tmp_path, monkeypatch) -> Path:
     return folder
 
 
+@pytest.fixture
+def grids(monkeypatch) -> list[tuple]:
+    """What was drawn as grids: (images, row names, column names)."""
+    drawn = []
+    before = images.draw_grid
+
+    def draw_grid(*arguments):
+        drawn.append(arguments)
+        return before(*arguments)
+
+    monkeypatch.setattr(images, "draw_grid", draw_grid)
+    return drawn
+
+
 @pytest.mark.parametrize(
     "words, expected",
     [([], generation.spread_classes(SHOWN_CLASSES)), (["9", "class 2, a synonym", "4"], [9, 2, 4])],
 )
 def test_each_row_of_a_grid_is_of_the_class_that_stands_before_it(
-    shown, tmp_path, monkeypatch, words, expected
+    shown, tmp_path, grids, words, expected
 ):
-    grids = []
-    before = images.save_grid
-
-    def save_grid(path, pictures, row_names):
-        grids.append((pictures, row_names))
-        before(path, pictures, row_names)
-
-    monkeypatch.setattr(images, "save_grid", save_grid)
     flags = ["--classes", *words, "--per-class", "3"] if words else ["--per-class", "3"]
     out = run_sample(shown, *flags, "--out", tmp_path / "x.png")
-    pictures, names = grids[0]
+    pictures, names, _ = grids[0]
     assert names == [f"class {k}" for k in expected]
     rows = pictures.reshape(len(names), 3, -1).astype(int)
     sheet = np.asarray(Image.open(out).convert("L"), int)
@@ -399,20 +405,6 @@ def test_cfg_channels_are_the_channels_that_are_guided_away_from_the_null_class(
 
 
 # From noise to image, and from class to class
-
-
-@pytest.fixture
-def grids(monkeypatch) -> list[tuple]:
-    """What was drawn as grids: (images, row names, column names)."""
-    drawn = []
-    before = images.draw_grid
-
-    def draw_grid(*arguments):
-        drawn.append(arguments)
-        return before(*arguments)
-
-    monkeypatch.setattr(images, "draw_grid", draw_grid)
-    return drawn
 
 
 @pytest.mark.parametrize("flags", [["--sampler", "ddim"], ["--sampler", "ddpm"]])
