@@ -179,6 +179,14 @@ def test_what_is_done_every_n_steps_is_done_at_the_last_one_too(step, every, due
     assert train.is_due(step, every, 10) == due
 
 
+def test_a_block_that_there_is_not_is_refused_before_anything_is_written(refused, tmp_path):
+    flags = ["--workdir", tmp_path / "run", "--model.conditioning", "film"]
+    line = refused(run_train, *TINY, *flags)
+    words = "'film' should be one of adaln_zero, adaln, cross_attention, in_context"
+    assert line == f"train.py: model.conditioning: {words}"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_workdir_that_cannot_be_written_is_refused(refused, tmp_path):
     (tmp_path / "file").touch()
     line = refused(run_train, *TINY, "--workdir", tmp_path / "file/run")
