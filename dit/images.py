@@ -102,7 +102,7 @@ def draw_grid(
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     if column_names is not None:
-        small = fitting_font(column_names, width, font_size)
+        small = fitting_font(column_names, width - 8, font_size)
         for column, name in enumerate(column_names):
             middle = margin + column * (width + gap) + width // 2
             pen.text((middle, header // 2 + 1), name, fill="black", font=small, anchor="mm")

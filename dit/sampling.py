@@ -35,8 +35,7 @@ FRAMES = 9  # of a Trajectory, unless it is asked for more or fewer
 class Trajectory(NamedTuple):
     """States x_t of a sampler, evenly chosen from pure noise to the image."""
 
-    x: jax.Array  # x_t, [F, B, H, W, C]
-    x0: jax.Array  # the prediction of x_0 made at each; at the last, the image; [F, B, H, W, C]
+    x: jax.Array  # [F, B, H, W, C]
     noise_level: np.ndarray  # that of the process, from about 1 to 0; [F]
 
 
@@ -110,37 +109,33 @@ def kept_steps(num_steps: int, frames: int) -> np.ndarray:
 
 
 def scan_steps(
-    step: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+    step: Callable[[jax.Array, jax.Array], jax.Array],
     x: jax.Array,
     times: np.ndarray,
     noise_levels: np.ndarray,
     trajectory: bool,
     frames: int,
 ) -> Result:
-    """x `[B, H, W, C]` after `step` at each of the times, `[N, ...]`.
+    """x `[B, H, W, C]` after a step from (x_t, time) at each of the times, `[N, ...]`.
 
-    step: from x_t and its time to the next x and the prediction of x_0. noise_levels: before the
-    first step and after each, `[N + 1]`. Of the states on the way only those of the trajectory are
-    stored.
+    noise_levels: before the first step and after each, `[N + 1]`. Of the states on the way only
+    those of the trajectory are stored.
     """
     if not trajectory:
-        x, _ = jax.lax.scan(lambda x, time: (step(x, time)[0], None), x, times)
+        x, _ = jax.lax.scan(lambda x, time: (step(x, time), None), x, times)
         return x
     kept = kept_steps(len(times), frames)
-    frames = len(kept)
-    frame_of_step = np.full(len(times), frames)  # `frames`, past the last, is not stored
-    frame_of_step[kept[:-1]] = np.arange(frames - 1)
+    frame_of_step = np.full(len(times), len(kept))  # past the last: not stored
+    frame_of_step[kept[:-1]] = np.arange(len(kept) - 1)
 
-    def step_and_store(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
-        x, xs, x0s = carry
+    def store_and_step(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+        x, stored = carry
         time, frame = inputs
-        after, x0 = step(x, time)
-        xs, x0s = (a.at[frame].set(b, mode="drop") for a, b in ((xs, x), (x0s, x0)))
-        return (after, xs, x0s), None
+        return (step(x, time), stored.at[frame].set(x, mode="drop")), None
 
-    empty = jnp.zeros((frames, *x.shape), x.dtype)
-    (x, xs, x0s), _ = jax.lax.scan(step_and_store, (x, empty, empty), (times, frame_of_step))
-    return x, Trajectory(xs.at[-1].set(x), x0s.at[-1].set(x), noise_levels[kept])
+    empty = jnp.zeros((len(kept), *x.shape), x.dtype)
+    (x, stored), _ = jax.lax.scan(store_and_step, (x, empty), (times, frame_of_step))
+    return x, Trajectory(stored.at[-1].set(x), noise_levels[kept])
 
 
 def ddpm(
@@ -156,12 +151,12 @@ def ddpm(
     """Ancestral sampling of `[B, *shape]`."""
     process = process.respaced(num_steps)
 
-    def step(x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def step(x: jax.Array, t: jax.Array) -> jax.Array:
         times = t[None]
         output = denoise(x, process.original_timesteps(times))
-        mean, log_variance, x0 = process.p_mean_variance(output, x, times, correct)
+        mean, log_variance, _ = process.p_mean_variance(output, x, times, correct)
         noise = jnp.exp(0.5 * log_variance) * sample_noise(keys, t, shape)
-        return jnp.where(t > 0, mean + noise, mean), x0
+        return jnp.where(t > 0, mean + noise, mean)
 
     start = sample_noise(keys, process.num_steps, shape)
     times, levels = np.arange(num_steps)[::-1], process.noise_levels(num_steps)
@@ -185,7 +180,7 @@ def ddim(
     sigma = eta * np.sqrt(process.posterior_variance)  # the sigma of Eq. 12
     eps_scale = np.sqrt(np.maximum(1 - previous - sigma**2, 0))
 
-    def step(x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def step(x: jax.Array, t: jax.Array) -> jax.Array:
         times = t[None]
         output = denoise(x, process.original_timesteps(times))
         eps, _ = split_output(output, shape[-1])
@@ -196,7 +191,7 @@ def ddim(
         x = at(np.sqrt(previous), times) * x0 + at(eps_scale, times) * eps
         if eta:
             x = x + at(sigma, times) * sample_noise(keys, t, shape)
-        return x, x0
+        return x
 
     start = sample_noise(keys, process.num_steps, shape)
     times, levels = np.arange(num_steps)[::-1], process.noise_levels(num_steps)
@@ -228,10 +223,9 @@ def euler(
     """Samples `[B, *shape]` by Euler's method, of order 1: `num_steps` forwards."""
     velocity = flow_velocity(flow, denoise, correct)
 
-    def step(x: jax.Array, ends: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def step(x: jax.Array, ends: jax.Array) -> jax.Array:
         t, s = ends
-        slope = velocity(x, t)
-        return x + (s - t) * slope, x - t * slope
+        return x + (s - t) * velocity(x, t)
 
     start, levels = sample_noise(keys, 1, shape), flow.noise_levels(num_steps)
     return scan_steps(step, start, flow.steps(num_steps), levels, trajectory, frames)
@@ -253,12 +247,12 @@ def heun(
     """
     velocity = flow_velocity(flow, denoise, correct)
 
-    def step(x: jax.Array, ends: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def step(x: jax.Array, ends: jax.Array) -> jax.Array:
         t, s = ends
         slope = velocity(x, t)
         ahead = x + (s - t) * slope
         slope_ahead = jax.lax.cond(s > 0, lambda: velocity(ahead, s), lambda: slope)
-        return x + (s - t) * (slope + slope_ahead) / 2, x - t * slope
+        return x + (s - t) * (slope + slope_ahead) / 2
 
     start, levels = sample_noise(keys, 1, shape), flow.noise_levels(num_steps)
     return scan_steps(step, start, flow.steps(num_steps), levels, trajectory, frames)
