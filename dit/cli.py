@@ -37,7 +37,10 @@ from dit.config import (
 
 Options = TypeVar("Options")
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"  # presets lie in the checkout
+FOLDER = Path(__file__).resolve().parent
+# presets lie beside the package in a checkout, and in it where it is installed
+PARENT = FOLDER if (FOLDER / "configs").is_dir() else FOLDER.parent
+CONFIGS = PARENT / "configs"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimal-dit"
 
 

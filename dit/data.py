@@ -322,7 +322,10 @@ def augment(
 def null_condition(condition: Condition, config: Data) -> Condition:
     """The null class and, with masks, the null mask, in the shapes of a condition."""
     null = {"y": config.num_classes, "mask": config.mask_classes}
-    return {name: jnp.full_like(value, null[name]) for name, value in condition.items()}
+    nulls = {name: jnp.full_like(value, null[name]) for name, value in condition.items()}
+    if condition["y"].ndim == 2:  # weights of the classes, the last of them null
+        nulls["y"] = jnp.zeros_like(condition["y"]).at[:, -1].set(1)
+    return nulls
 
 
 def drop_condition(condition: Condition, key: jax.Array, config: Config) -> Condition:

@@ -55,6 +55,11 @@ def make_model(config: Config, key: jax.Array) -> DiT:
     )
 
 
+def abstract_model(config: Config) -> DiT:
+    """Shapes and types of a model's parameters, without its arrays."""
+    return jax.eval_shape(lambda: make_model(config, jax.random.key(0)))
+
+
 def make_objective(config: Config) -> DDPM | Flow:
     objective = config.objective
     if objective.name == "flow":

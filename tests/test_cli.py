@@ -122,6 +122,12 @@ def test_sample_holds_its_options_against_the_stored_run_without_jax(without_jax
     assert "should hold an intact checkpoint" in answer.stderr
 
 
+def test_the_library_has_its_presets_without_jax(without_jax):
+    answer = without_jax("-c", "import dit; print(dit.preset('digits').name)")
+    assert (answer.stdout, answer.stderr) == ("digits\n", "")
+    assert "jax was imported" in without_jax("-c", "import dit; dit.DiT").stderr
+
+
 def test_help_documents_every_field(without_jax):
     answer = without_jax("train.py", "digits", "--help").stdout
     text = " ".join(answer.replace("│", " ").split())

@@ -43,7 +43,7 @@ import numpy as np
 from dit import metrics
 from dit.data import Dataset, open_dataset, tfds_config
 from dit.files import whole
-from dit.generate import Check, draw_batches, draw_labels, make_condition, make_draw
+from dit.generation import Check, draw_batches, draw_labels, make_condition, make_draw
 from dit.imagenet.inception import Features, load_inception
 from dit.images import BATCH, open_npz
 from dit.log import say, with_progress

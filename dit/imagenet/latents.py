@@ -58,7 +58,7 @@ from jax.experimental import multihost_utils
 from dit.data import open_decoded, tfds_config
 from dit.files import claim_folder, whole
 from dit.folder import is_folder
-from dit.generate import num_vae_parts
+from dit.generation import num_vae_parts
 from dit.imagenet.vae import VAE, load_vae
 from dit.images import from_uint8
 from dit.log import Progress, say
