@@ -33,12 +33,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dit import checkpoint, generate, resume
-from dit.data import Dataset, augment, batch_shapes, batches, drop_condition, open_dataset
+from dit import checkpoint, generation, resume
+from dit.data import (
+    Dataset,
+    augment,
+    batch_shapes,
+    batches,
+    drop_condition,
+    open_dataset,
+    with_num_classes,
+)
 from dit.imagenet.fid import make_evaluation
 from dit.imagenet.vae import load_vae
 from dit.log import Log, say
-from dit.model import TRAINING_FLOPS, DiT, count_parameters, multiply_adds
+from dit.model import TRAINING_FLOPS, DiT, check_block, count_parameters, multiply_adds
 from dit.sharding import (
     batch_sharding,
     compiler_options,
@@ -130,7 +138,7 @@ def make_judges(
     if config.eval.every:
         evaluate = make_evaluation(config, vae, mesh, check_stop)
     if config.train.sample_every and (vae is not None or not config.data.latents):
-        draw_grid = generate.make_grid_sampler(config, vae, dataset, mesh, check_stop)
+        draw_grid = generation.make_grid_sampler(config, vae, dataset, mesh, check_stop)
     return evaluate, draw_grid
 
 
@@ -166,7 +174,9 @@ def train(config: Config, stop: cli.StopRequest | None = None) -> State:
     connect_hosts(distributed, "mesh.distributed")
     with refused_together(distributed):
         mesh = make_mesh(config)
+        check_block(config.model.conditioning, config.data.mask_classes)
         dataset = open_dataset(config.data)
+        config = with_num_classes(config, dataset)
         start, damaged = resume.step_to_resume(config, dataset)
     require_same(distributed, "train.workdir", str(config.workdir), f"step {start}")
     for line in damaged:

@@ -19,7 +19,7 @@ from on_hosts import signal_at
 from PIL import Image
 
 import train
-from dit import checkpoint, cli, generate, log
+from dit import checkpoint, cli, generation, log
 from dit.config import Stopped
 from dit.data import InMemory
 from dit.sharding import make_mesh
@@ -179,6 +179,14 @@ def test_what_is_done_every_n_steps_is_done_at_the_last_one_too(step, every, due
     assert train.is_due(step, every, 10) == due
 
 
+def test_a_block_that_there_is_not_is_refused_before_anything_is_written(refused, tmp_path):
+    flags = ["--workdir", tmp_path / "run", "--model.conditioning", "film"]
+    line = refused(run_train, *TINY, *flags)
+    words = "'film' should be one of adaln_zero, adaln, cross_attention, in_context"
+    assert line == f"train.py: model.conditioning: {words}"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_workdir_that_cannot_be_written_is_refused(refused, tmp_path):
     (tmp_path / "file").touch()
     line = refused(run_train, *TINY, "--workdir", tmp_path / "file/run")
@@ -216,7 +224,7 @@ def spied_run(tmp_path_factory) -> tuple[Path, list, list]:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_evaluation", make_evaluation)
-        patch.setattr(generate, "make_grid_sampler", make_grid_sampler)
+        patch.setattr(generation, "make_grid_sampler", make_grid_sampler)
         train.train(config)
     return workdir, measured, drawn
 
@@ -250,7 +258,7 @@ def test_neither_is_done_where_it_is_not_asked_for(tmp_path, monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr(train, "make_evaluation", never)
-    monkeypatch.setattr(generate, "make_grid_sampler", never)
+    monkeypatch.setattr(generation, "make_grid_sampler", never)
     train.train(tiny_config(train=dict(workdir=str(tmp_path), steps=1)))
     assert list((tmp_path / "samples").iterdir()) == []
 
