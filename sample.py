@@ -30,6 +30,7 @@ from dit.config import (
     InputError,
     Labels,
     LocalPath,
+    NonNegativeInt,
     PositiveInt,
     Probability,
     Sampler,
@@ -54,7 +55,8 @@ Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR_OR_
 
 @dataclass(frozen=True)
 class Sample:
-    workdir: Source  # such as runs/digits
+    workdir: Source  # such as runs/digits, or one checkpoint: runs/digits/checkpoints/3000
+    step: NonNegativeInt | None = None  # of the checkpoint; None is the newest
     classes: tuple[str, ...] = ()  # by number or name; without any all, or ten in a grid
     interpolate: tuple[str, str] | None = None  # a row from one class to another, of one noise
     per_class: PositiveInt | None = None  # images of a class or a row; None is 8, 1 in a strip
@@ -82,11 +84,11 @@ class Sample:
 
 def run(options: Sample) -> Path:
     """Draws what the options ask for and returns the file it wrote. Raises InputError."""
-    workdir = Path(options.workdir)
     connect_hosts(options.distributed, "--distributed")
     with refused_together(options.distributed):
         check_value("workdir", options.workdir, LocalPath)
-        step, damaged = checkpoint.newest_intact(workdir)
+        workdir, step, damaged = checkpoint.find(Path(options.workdir), options.step)
+        options = dataclasses.replace(options, workdir=str(workdir), step=step)
         config = checkpoint.stored_config(workdir, step)
         class_names = tuple(checkpoint.stored_dataset(workdir, step)["class_names"])
         options = complete(options, config)
@@ -141,7 +143,7 @@ def run(options: Sample) -> Path:
     )
     if out.suffix == ".npz":
         distributed = options.distributed
-        with claimed_parts(options, step, classes) as parts, ended_together(distributed):
+        with claimed_parts(options, classes) as parts, ended_together(distributed):
             generation.draw_npz(draw, model, vae, labels, options.batch_size, out, parts)
     elif jax.process_index() == 0:
         images = generation.draw_all(draw, model, vae, len(labels), options.batch_size)
@@ -217,19 +219,20 @@ def check(options: Sample, config: Config) -> None:
 def class_number(option: str, word: str, class_names: tuple[str, ...]) -> int:
     """The class that a number or a name means. Raises InputError, which names the option.
 
-    Names may hold synonyms, separated by commas; each of them is a name too.
+    Names may hold synonyms, separated by commas; each of them is a name too. A name that is itself
+    a number goes before the number.
     """
     count = len(class_names)
-    if re.fullmatch("-?[0-9]+", word):
-        number = int(word)
-        expected = f"from 0 to {count - 1}: the model has {count} classes"
-        require(0 <= number < count, option, number, expected)
-        return number
     numbers: dict[str, list[int]] = {}
     for k, name in enumerate(class_names):
         for synonym in {name.casefold(), *name.casefold().split(", ")}:
             numbers.setdefault(synonym, []).append(k)
     matches = numbers.get(word.casefold())
+    if matches is None and re.fullmatch("-?[0-9]+", word):
+        number = int(word)
+        expected = f"from 0 to {count - 1}: the model has {count} classes"
+        require(0 <= number < count, option, number, expected)
+        return number
     if matches is None:
         near = difflib.get_close_matches(word.casefold(), numbers, n=1, cutoff=0)[0]
         raise InputError(
@@ -317,7 +320,7 @@ def read_style(options: Sample, config: Config, vae: Any) -> Any:
 
 
 @contextlib.contextmanager
-def claimed_parts(options: Sample, step: int, classes: np.ndarray) -> Iterator[Path]:
+def claimed_parts(options: Sample, classes: np.ndarray) -> Iterator[Path]:
     """A folder for the parts of --out, which only the same request resumes; removed at the end."""
     import jax
 
@@ -325,7 +328,6 @@ def claimed_parts(options: Sample, step: int, classes: np.ndarray) -> Iterator[P
     pictures = [options.mask, options.style]
     request = dataclasses.asdict(options) | {
         "out": out.name,
-        "checkpoint": step,
         "classes": classes.tolist(),
         "pictures": [zlib.crc32(Path(path).read_bytes()) for path in pictures if path],
     }

@@ -50,8 +50,8 @@ class Diverged(RuntimeError):
 def diverged(what: str, folder: Path) -> Diverged:
     """The error of a run that keeps its checkpoints in a folder."""
     return Diverged(
-        f"{what} should be finite; the checkpoints in {str(folder)!r} are from before it; begin "
-        "again under another --name with a lower optim.learning_rate, or with optim.grad_clip"
+        f"{what} should be finite; the checkpoints in {str(folder)!r} are from before it; the same "
+        "command goes on from the newest, with a lower optim.learning_rate, or with optim.grad_clip"
     )
 
 
@@ -151,11 +151,11 @@ class Objective:
 
 @dataclass(frozen=True)
 class Data:
-    name: str = "digits"  # `digits` (embedded), or any TFDS image set with a label
-    split: str = "train"  # TFDS split, such as `train` or `train[:90%]`
+    name: str = "digits"  # `digits`, a TFDS image set with a label, or a folder of class folders
+    split: str = "train"  # such as `train`, `train[:90%]` or, of a folder with val/ in it, `val`
     image_size: PositiveInt = 8  # side, in pixels; other sizes are centre-cropped and resized
     channels: Literal[1, 3] = 1  # colours of an image
-    num_classes: PositiveInt = 10  # labels are 0 .. num_classes - 1; num_classes is the null class
+    num_classes: PositiveInt | None = None  # None is the data set's; label num_classes is null
     latents: AnyPath | None = None  # folder of VAE latents by dit.imagenet.latents; None is pixels
     latent_scale: PositiveFloat = 0.18215  # makes the latents' standard deviation about 1
     vae: AnyPath | None = None  # folder of the VAE that decodes latents, for sample grids
@@ -198,6 +198,7 @@ class Train:
     sample_steps: PositiveInt = 50  # denoising steps of the grids; with heun two forwards each
     guidance: float = 2.0  # guidance scale of the sample grids; 1 is none
     wandb: bool = False  # log to Weights & Biases too (needs the `wandb` extra)
+    init_from: AnyPath | None = None  # a run or weights; what fits of them a new run begins with
     workdir: Workdir = None  # where the run is kept; None is runs/NAME
 
 

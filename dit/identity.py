@@ -215,4 +215,5 @@ def run(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(CONFIG))
+    with cli.exit_status("dit.identity"):
+        sys.exit(run(CONFIG))

@@ -120,6 +120,22 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_sampled(run, tmp_pa
     np.testing.assert_array_equal(damaged, before)
 
 
+def test_any_checkpoint_that_is_kept_is_sampled(refused, run, tmp_path):
+    newest, _ = draw(run, tmp_path)
+    first, _ = draw(run, tmp_path, "--step", "1")
+    assert (first != newest).any()
+    for path, step in [(run / "checkpoints/1", 1), (run / "checkpoints/2", 2)]:
+        named, _ = draw(path, tmp_path)
+        np.testing.assert_array_equal(named, first if step == 1 else newest)
+    out = ["--out", tmp_path / "y.png"]
+    words = f"sample.py: step: 3 should be one of 2, 1, which {str(run)!r} keeps"
+    assert refused(run_sample, run, "--step", "3", *out) == words
+    assert refused(run_sample, run / "checkpoints/3", *out) == words
+    line = refused(run_sample, run, "--step", "-1", *out)
+    assert "--step: -1 should be 0 or more" in line
+    assert not (tmp_path / "y.png").exists()
+
+
 def test_a_workdir_without_a_checkpoint_is_refused(refused, tmp_path):
     line = refused(run_sample, tmp_path, "--out", tmp_path / "x.png")
     words = r"workdir: '.*' should hold an intact checkpoint in checkpoints/ \(train.py writes"
@@ -214,6 +230,13 @@ def test_classes_go_by_number_name_or_synonym():
         sample.class_number("--classes", "maillot", names)
     with pytest.raises(InputError, match="the nearest is 'golden retriever'"):
         sample.class_number("--classes", "golden retreiver", names)
+
+
+def test_a_name_that_is_a_number_goes_before_the_number():
+    names = ("1", "10", "2")  # of folders, in their order
+    assert [sample.class_number(word, names) for word in ("1", "2", "10", "0")] == [0, 2, 1, 0]
+    with pytest.raises(InputError, match="--classes: 3 should be from 0 to 2"):
+        sample.class_number("3", names)
 
 
 @pytest.mark.parametrize(
@@ -529,7 +552,7 @@ def test_parts_of_another_checkpoint_are_not_taken_for_this_one(
     with pytest.raises(SystemExit):
         run_sample(*flags)
     shutil.rmtree(tmp_path / "run/checkpoints/2")
-    assert "was begun with checkpoint 2 rather than 1" in refused(run_sample, *flags)
+    assert "was begun with step 2 rather than 1" in refused(run_sample, *flags)
 
 
 def test_folders_and_files_that_hold_no_parts_of_ours_are_refused(refused, run, tmp_path):
