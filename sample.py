@@ -58,7 +58,7 @@ class Sample:
     workdir: Source  # such as runs/digits, or one checkpoint: runs/digits/checkpoints/3000
     step: NonNegativeInt | None = None  # of the checkpoint; None is the newest
     classes: tuple[str, ...] = ()  # by number or name; without any all, or ten in a grid
-    interpolate: tuple[str, str] | None = None  # a row from one class to another, of one noise
+    interpolate: tuple[str, str] | None = None  # row from one class to another, in one noise
     per_class: PositiveInt | None = None  # images of a class or a row; None is 8, 1 in a strip
     frames: AtLeastTwo | None = None  # states from noise to image; in a .png a strip of them
     num_samples: Count | None = None  # images of random classes instead; for .npz
