@@ -7,7 +7,6 @@ function of (--seed, i), whatever the batch size and the number of devices.
 
 import contextlib
 import dataclasses
-import difflib
 import os
 import re
 import shutil
@@ -34,6 +33,7 @@ from dit.config import (
     Seed,
     check_sampler,
     check_value,
+    nearest,
     require,
 )
 from dit.files import claim_folder
@@ -49,13 +49,13 @@ Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR_OR_
 
 @dataclass(frozen=True)
 class Sample:
-    workdir: Source  # such as runs/digits
-    classes: tuple[str, ...] = ()  # by number or name; without any all, or ten in a grid
+    workdir: Source  # folder of a run, such as runs/digits, or of converted weights
+    classes: tuple[str, ...] = ()  # classes by number or name; if none, all, or ten in a grid
     per_class: PositiveInt = 8  # images of each class
     num_samples: Count | None = None  # images of random classes instead; for .npz
-    labels: Labels = "random"  # of --num-samples; balanced has equally many of each class
+    labels: Labels = "random"  # classes of --num-samples; balanced: equally many of each
     guidance: float = 1.0  # scale of classifier-free guidance; 1 is none, 4 makes typical pictures
-    sampler: Sampler | None = None  # ddpm or ddim, heun or euler for flow; None is the run's
+    sampler: Sampler | None = None  # sampler: ddpm or ddim, for flow heun or euler; None: the run's
     steps: PositiveInt | None = None  # denoising steps; None is the run's train.sample_steps
     eta: Probability = 0.0  # noise of DDIM, from 0 to DDPM's at 1
     cfg_channels: PositiveInt | None = None  # guide only the first channels; the paper's DiT has 3
@@ -65,12 +65,12 @@ class Sample:
     style: str | None = None  # picture whose channel statistics the samples take (AdaIN)
     style_strength: Probability = 1.0  # how far they take them; 0 is not at all
     vae: str | None = None  # folder of the VAE that decodes latents; None is the run's data.vae
-    seed: Seed = 0  # of all noise
+    seed: Seed = 0  # seed of all noise
     batch_size: PositiveInt = 256  # images at a time, over all devices of a host
-    dtype: Literal["float32", "bfloat16"] | None = None  # of the products; None is the run's
+    dtype: Literal["float32", "bfloat16"] | None = None  # type of the products; None is the run's
     ema: bool = True  # take the averaged weights rather than the last
-    distributed: bool = False  # several hosts, which share the folder of --out
-    out: LocalPath = "samples.png"  # .png for a grid, .npz for arrays
+    distributed: bool = False  # join other hosts, which share the folder of --out
+    out: LocalPath = "samples.png"  # file to write: .png for a grid, .npz for arrays
 
 
 def run(options: Sample) -> Path:
@@ -202,11 +202,9 @@ def class_number(word: str, class_names: tuple[str, ...]) -> int:
             numbers.setdefault(synonym, []).append(k)
     matches = numbers.get(word.casefold())
     if matches is None:
-        near = difflib.get_close_matches(word.casefold(), numbers, n=1, cutoff=0)[0]
-        raise InputError(
-            f"--classes: {word!r} should be a number from 0 to {count - 1} or the name of a class; "
-            f"the nearest is {near!r}"
-        )
+        hint = nearest(word, numbers)
+        expected = f"a number from 0 to {count - 1} or the name of a class{hint}"
+        raise InputError(f"--classes: {word!r} should be {expected}")
     choices = ", ".join(f"{k} ({class_names[k]})" for k in matches)
     require(len(matches) == 1, "--classes", word, f"one of the numbers {choices}")
     return matches[0]

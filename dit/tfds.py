@@ -4,7 +4,6 @@ Images are decoded when they are read. One that is damaged is named and counted,
 its place, so what stands at an index never changes.
 """
 
-import difflib
 import io
 import logging
 import os
@@ -18,7 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dit.config import Data, InputError, one_line, require
+from dit.config import Data, InputError, nearest, one_line, require
 from dit.images import centre_crop
 
 MAX_DAMAGED = 0.01  # of the records; with more the data set is refused
@@ -148,9 +147,9 @@ def tfds_builder(name: str) -> Any:
                 "TFDS_DATA_DIR to another folder, and it will be prepared there as ArrayRecord"
             ) from error
         names = ["digits", *tfds.list_builders(with_community_datasets=False)]
-        near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0)[0]
+        hint = nearest(name, names)
         raise InputError(
-            f"data.name: {name!r} should be `digits` or a TFDS data set; the nearest is {near!r}"
+            f"data.name: {name!r} should be `digits` or a TFDS data set{hint}"
         ) from error
     features = dict(builder.info.features)
     kinds = [type(features.get(key)) for key in record_keys(builder)]

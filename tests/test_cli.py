@@ -1,3 +1,4 @@
+import ast
 import dataclasses
 import os
 import re
@@ -21,6 +22,7 @@ from dit.config import (
     Probability,
     Stopped,
     Unsaved,
+    nearest,
 )
 from dit.state import make_model
 
@@ -212,7 +214,7 @@ def test_a_config_file_that_cannot_be_is_refused_in_one_line(refused, tmp_path, 
         (
             ["cifar100"],
             "preset: 'cifar100' is neither a preset nor a Python file; "
-            "the nearest preset is 'cifar10'",
+            "the nearest is 'cifar10'; presets are cifar10, cifar10_flow, ",
         ),
         (
             ["digits", "--model.hiden-size", "3"],
@@ -254,10 +256,76 @@ def parse(text: str) -> Options:
 def test_options_come_from_a_dataclass_and_keep_to_its_ranges():
     assert parse("") == Options()
     assert parse("--size 4 --share-kept 0.5 --kind b --no-draws") == Options(4, 0.5, "b", False)
+    for text in ("--draws False", "--draws=False", "--no-draws", "--draws --draws False"):
+        assert not parse(text).draws
+    assert parse("--draws True --size 5") == parse("--draws --size 5") == Options(5)
     with pytest.raises(InputError, match="^--size: 0 should be more than 0$"):
         parse("--size 0")
     with pytest.raises(InputError, match="^--share-kept: 1.5 should be a probability, from 0 to"):
         parse("--share-kept 1.5")
+
+
+@pytest.mark.parametrize("flip", ["--data.flip", "--data.flip True", "--data.flip=True"])
+def test_booleans_of_a_preset_are_spelled_as_those_of_any_command(flip):
+    config = cli.parse_config(f"digits {flip} --name True".split(), "train.py", "")
+    assert config.data.flip
+    assert config.name == "True", "which is no boolean"
+    line = f"digits {flip} --data.no-flip"
+    assert not cli.parse_config(line.split(), "train.py", "").data.flip
+
+
+@pytest.mark.parametrize(
+    "text, joins",
+    [
+        ("--mesh.distributed", True),
+        ("--mesh.distributed True", True),
+        ("--distributed --classes 3", True),
+        ("--mesh.distributed=False", False),
+        ("--mesh.no-distributed", False),
+        ("--no-distributed", False),
+        ("", False),
+    ],
+)
+def test_a_command_line_says_whether_hosts_are_joined(text, joins):
+    assert cli.joins_hosts(["digits", *text.split()]) == joins
+
+
+@pytest.mark.parametrize(
+    "word, names, hint",
+    [
+        ("digist", ["cifar10", "digits"], "; the nearest is 'digits'"),
+        ("CIFAR_10", ["cifar10", "digits"], "; the nearest is 'cifar10'"),
+        ("three", list("0123456789"), ""),
+        ("my_images/", ["open_images_v4", "digits"], ""),
+    ],
+)
+def test_only_a_name_that_is_near_is_suggested(word, names, hint):
+    assert nearest(word, names) == hint
+
+
+OPTIONS = """Command Config Model Objective Data Optim Mesh Train Eval Sample Plan Fid MakeLatents
+    Convert Options""".split()
+PARTS = "of or and by in for to with such than that which at from on none timed drawn".split()
+
+
+def test_a_help_text_is_understood_without_its_neighbours():
+    """It is there, and does not begin in the middle of a sentence."""
+    seen = set()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("dit/**/*.py"), *ROOT.glob("benchmarks/*.py")]:
+        lines = path.read_text().splitlines()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ClassDef) or node.name not in OPTIONS:
+                continue
+            seen.add(node.name)
+            fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+            texts = {field.target.id: lines[field.end_lineno - 1] for field in fields}
+            for name, line in texts.items():
+                if f" {name.title()} " in line or 'name=""' in line:  # a section
+                    continue
+                comment = line.partition("  # ")[2]
+                first = comment.split()[0] if comment else "of"
+                assert first.lower().strip("`,;:") not in PARTS, f"{path.name} {name}: {comment}"
+    assert seen == set(OPTIONS)
 
 
 def test_a_presets_own_fields_and_other_options_stand_side_by_side():

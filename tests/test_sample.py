@@ -222,7 +222,7 @@ def test_classes_go_by_number_name_or_synonym():
         (["--classes", "-1"], "--classes: -1 should be from 0 to 9"),
         (
             ["--classes", "cat"],
-            "--classes: 'cat' should be a number from 0 to 9 or the name of a class; the nearest",
+            "--classes: 'cat' should be a number from 0 to 9 or the name of a class",
         ),
         (["--classes", "²"], "--classes: '²' should be a number from 0 to 9 or the name of a"),
         (

@@ -26,7 +26,7 @@ class Convert:
     source: Source  # published weights; with --to, ours
     out: Out  # what to write; it should not exist yet
     to: Literal["official", "diffusers"] | None = None  # the layout to write ours in
-    num_heads: PositiveInt | None = None  # of an official DiT of unusual width; no shape says them
+    num_heads: PositiveInt | None = None  # heads of an official DiT of unusual width; no shape says
 
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported

@@ -37,10 +37,10 @@ class MakeLatents:
     vae: str  # folder of a diffusers AutoencoderKL: config.json and its weights
     out: LocalPath  # folder to write; --data.latents of train.py
     size: PositiveInt = 256  # side of the cropped image, in pixels; a multiple of 8
-    split: str = "train"  # TFDS split
+    split: str = "train"  # TFDS split to encode
     batch_size: PositiveInt = 32  # images at a time, on each device
     shard_size: PositiveInt = 1024  # images in one file
-    distributed: bool = False  # several hosts, which share the folder OUT
+    distributed: bool = False  # join other hosts, which share the folder OUT
 
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported
