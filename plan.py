@@ -49,6 +49,7 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")  # else libtpu asks for it on stderr
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported
+    cli.StopRequest().end_at_once("plan.py")
     with cli.exit_status("plan.py"):
         PLAN = parse(sys.argv[1:])
 

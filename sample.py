@@ -283,6 +283,7 @@ def claimed_parts(options: Sample, step: int, classes: np.ndarray) -> Iterator[P
 
 
 if __name__ == "__main__":
+    cli.StopRequest().end_at_once("sample.py")
     cli.use_compilation_cache()
     with cli.exit_status("sample.py"):
         with command_refused_together(cli.joins_hosts(sys.argv[1:])):

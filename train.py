@@ -50,10 +50,11 @@ def parse(argv: list[str]) -> Command:
 
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported
-    STOP = cli.StopRequest().listen()
+    joins = cli.joins_hosts(sys.argv[1:])
+    STOP = cli.StopRequest()
+    STOP = STOP.listen() if joins else STOP.end_at_once("train.py")  # hosts stop together
     cli.use_compilation_cache()
     cli.keep_freed_memory()
-    joins = cli.joins_hosts(sys.argv[1:])
     with cli.exit_status("train.py"), command_refused_together(joins):
         COMMAND = parse(sys.argv[1:])
 
@@ -324,7 +325,7 @@ def dry_run(config: Config, stop: cli.StopRequest | None = None) -> None:
     )
 
     stream = batches(dataset, config.train.batch_size, config.train.seed, 0)
-    with contextlib.closing(stream), tempfile.TemporaryDirectory() as folder:
+    with stop, contextlib.closing(stream), tempfile.TemporaryDirectory() as folder:
         trial = replace(config, train=dict(workdir=folder))
         seconds = []  # of each step; the first warms up
         while len(seconds) < 2 or (len(seconds) < 6 and sum(seconds) < 10):

@@ -13,6 +13,7 @@ import re
 import runpy
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -236,7 +237,26 @@ class StopRequest:
 
     def __init__(self):
         self.requested = False
+        self.entered = False
         self.before: dict[int, Any] = {}
+
+    def end_at_once(self, prog: str) -> "StopRequest":
+        """Listens, and until it is entered ends the command in one line, also while XLA compiles.
+
+        In a thread: the main one is told of a signal only between two lines of Python.
+        """
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write)
+
+        def wait() -> None:
+            (number,) = os.read(read, 1)
+            if not self.entered:
+                print(f"{prog}: interrupted", file=sys.stderr, flush=True)
+                os._exit(128 + number)
+
+        threading.Thread(target=wait, daemon=True).start()
+        return self.listen()
 
     def listen(self) -> "StopRequest":
         """From now on; again where a library has taken the signals."""
@@ -253,6 +273,7 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
 
     def __enter__(self) -> "StopRequest":
+        self.entered = True
         return self.listen()
 
     def __exit__(self, *exception: Any) -> None:

@@ -14,6 +14,7 @@ from dit import cli
 from dit.config import Config, replace
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported
+    cli.StopRequest().end_at_once("dit.identity")
     cli.use_compilation_cache()
     with cli.exit_status("dit.identity"):
         CONFIG = cli.parse_config(sys.argv[1:], "python -m dit.identity", __doc__)

@@ -439,6 +439,32 @@ with cli.StopRequest() as stop:
     assert (done.stdout, done.stderr) == ("False\nTrue\n", "")
 
 
+BUSY = """
+import hashlib, signal, time
+from dit import cli
+stop = cli.StopRequest().end_at_once("x.py")
+{}
+print("ready", flush=True)
+hashlib.pbkdf2_hmac("sha256", b"", b"", 10**{})  # Python runs no handler meanwhile, as XLA compiles
+print(stop.requested)
+"""
+
+
+@pytest.mark.parametrize("number", cli.SIGNALS)
+@pytest.mark.parametrize(
+    "before, power, out", [("", 10, ""), ("stop.__enter__()", 6, "True\n")], ids=["start", "run"]
+)
+def test_before_a_run_a_signal_ends_it_at_once_and_in_it_is_noted(number, before, power, out):
+    command = [sys.executable, "-c", BUSY.format(before, power)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    answer = process.communicate(timeout=60)
+    assert answer == (out, "" if before else "x.py: interrupted\n")
+    assert process.returncode == (0 if before else 128 + number)
+
+
 def test_a_signal_that_is_ignored_stays_so():
     """As nohup has it with SIGHUP."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

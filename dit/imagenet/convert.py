@@ -30,6 +30,7 @@ class Convert:
 
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported
+    cli.StopRequest().end_at_once("dit.imagenet.convert")
     cli.use_compilation_cache()
     with cli.exit_status("dit.imagenet.convert"):
         OPTIONS = cli.parse(Convert, sys.argv[1:], "python -m dit.imagenet.convert", __doc__)

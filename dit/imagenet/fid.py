@@ -33,6 +33,7 @@ class Fid:
 
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported
+    cli.StopRequest().end_at_once("dit.imagenet.fid")
     cli.use_compilation_cache()
     with cli.exit_status("dit.imagenet.fid"):
         OPTIONS = cli.parse(Fid, sys.argv[1:], "python -m dit.imagenet.fid", __doc__)

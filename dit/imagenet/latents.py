@@ -44,6 +44,7 @@ class MakeLatents:
 
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported
+    cli.StopRequest().end_at_once("dit.imagenet.latents")
     cli.use_compilation_cache()
     joins = cli.joins_hosts(sys.argv[1:])
     with cli.exit_status("dit.imagenet.latents"), command_refused_together(joins):
