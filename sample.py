@@ -63,7 +63,7 @@ class Sample:
     mask: str | None = None  # picture of the layout's labels, for a model with masks
     resize_mask: bool = False  # resize a mask of another size
     style: str | None = None  # picture whose channel statistics the samples take (AdaIN)
-    style_strength: Probability = 1.0  # how far they take them; 0 is not at all
+    style_strength: Probability = 1.0  # how far the samples take them; 0 is not at all
     vae: str | None = None  # folder of the VAE that decodes latents; None is the run's data.vae
     seed: Seed = 0  # seed of all noise
     batch_size: PositiveInt = 256  # images at a time, over all devices of a host

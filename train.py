@@ -320,8 +320,8 @@ def dry_run(config: Config, stop: cli.StopRequest | None = None) -> None:
     flops = TRAINING_FLOPS * multiply_adds(state.model) * config.train.batch_size
     held = step.memory_analysis().argument_size_in_bytes
     say(
-        f"a step is {flops / 1e12:.3g} TFLOP; a device holds {held / 1e9:.3g} GB of state and "
-        f"batch, and {temporaries(step) / 1e9:.3g} GB more in a step"
+        f"a step is {flops / 1e9:,.1f} GFLOP; a device holds {held / 1e6:,.1f} MB of state and "
+        f"batch, and {temporaries(step) / 1e6:,.1f} MB more in a step"
     )
 
     stream = batches(dataset, config.train.batch_size, config.train.seed, 0)
@@ -340,7 +340,7 @@ def dry_run(config: Config, stop: cli.StopRequest | None = None) -> None:
         if not all(map(np.array_equal, jax.tree.leaves(state), jax.tree.leaves(restored))):
             raise Unsaved(f"{folder}: the checkpoint was not restored as it was saved")
         say(
-            f"a checkpoint of {checkpoint.num_bytes(state) / 1e9:.3g} GB was saved in "
+            f"a checkpoint of {checkpoint.num_bytes(state) / 1e6:,.1f} MB was saved in "
             f"{save_seconds:.1f} s, and restored bit for bit in {restore_seconds:.1f} s"
         )
         check_stop()

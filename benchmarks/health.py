@@ -35,7 +35,7 @@ BANDS = cli.CONFIGS / "bands.json"
 class Options:
     config: Annotated[Config, tyro.conf.arg(name="")]
     seeds: AtLeastTwo = 3  # number of runs, each with a seed of its own
-    steps: PositiveInt | None = None  # steps of each; None is all of the preset's
+    steps: PositiveInt | None = None  # steps of each run; None is all of the preset's
 
 
 def run(config: Config, steps: int) -> list[Metrics]:

@@ -116,6 +116,7 @@ Remat = Literal["none", "dots", "full"]
 Variance = Literal["learned_range", "fixed_small", "fixed_large"]
 Sampler = Literal["ddpm", "ddim", "euler", "heun"]
 Labels = Literal["random", "balanced"]
+Course = Literal["constant", "cosine"]
 
 # What one objective has and the other has not: samplers, the first its default, and fields
 SAMPLERS = {"ddpm": ("ddim", "ddpm"), "flow": ("heun", "euler")}
@@ -130,7 +131,7 @@ OWN_FIELDS = {
 class Model:
     hidden_size: PositiveInt = 384  # width D of a token, in channels
     depth: PositiveInt = 12  # number of blocks
-    num_heads: PositiveInt = 6  # attention heads; divides hidden_size
+    num_heads: PositiveInt = 6  # attention heads; their number divides hidden_size
     patch_size: PositiveInt = 2  # side of a patch, in pixels (in latent pixels where data.latents)
     mlp_ratio: PositiveFloat = 4.0  # width of the MLP, as a multiple of hidden_size
     conditioning: Conditioning = "adaln_zero"  # how timestep and class enter a block
@@ -161,7 +162,7 @@ class Objective:
 class Data:
     name: str = "digits"  # `digits` (embedded), or any TFDS image set with a label
     split: str = "train"  # TFDS split, such as `train` or `train[:90%]`
-    image_size: PositiveInt = 8  # side, in pixels; other sizes are centre-cropped and resized
+    image_size: PositiveInt = 8  # side of an image, in pixels; others are cropped and resized
     channels: Literal[1, 3] = 1  # colour channels of an image
     num_classes: PositiveInt = 10  # labels are 0 .. num_classes - 1; num_classes is the null class
     latents: AnyPath | None = None  # folder of VAE latents by dit.imagenet.latents; None is pixels
@@ -175,13 +176,13 @@ class Data:
 class Optim:
     learning_rate: NonNegativeFloat = 1e-4  # peak learning rate of AdamW
     warmup_steps: NonNegativeInt = 0  # steps of linear warm-up from 0
-    schedule: Literal["constant", "cosine"] = "constant"  # after warm-up; cosine: 0 at train.steps
+    schedule: Course = "constant"  # learning rate after warm-up; cosine falls to 0 at train.steps
     beta1: Decay = 0.9  # decay of Adam's first moment
     beta2: Decay = 0.999  # decay of Adam's second moment
     weight_decay: NonNegativeFloat = 0.0  # decoupled weight decay
     grad_clip: PositiveFloat | None = None  # largest global norm of the gradient; None is any
     accumulate: PositiveInt = 1  # equal parts of a batch, computed one after the other
-    ema_decay: Decay = 0.9999  # decay of the averaged weights, early on at most (1 + n) / (10 + n)
+    ema_decay: Decay = 0.9999  # decay of the averaged weights; at step n at most (1 + n) / (10 + n)
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ class Train:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # type of products; the rest is float32
     log_every: PositiveInt = 100  # steps between two lines of metrics.jsonl
     sample_every: NonNegativeInt = 10_000  # steps between two sample grids; 0 draws none
-    checkpoint_every: NonNegativeInt = 10_000  # steps between checkpoints; grids, the end get one
+    checkpoint_every: NonNegativeInt = 10_000  # steps between saves; the last and grids save too
     keep_last: PositiveInt = 3  # number of newest checkpoints that are kept
     keep_every: NonNegativeInt = 100_000  # checkpoints at multiples of this are kept for good
     sampler: Sampler | None = None  # sampler of the grids; None is ddim, or heun for flow

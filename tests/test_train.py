@@ -285,7 +285,7 @@ def test_a_dry_run_tries_every_part_and_leaves_nothing(tmp_path, monkeypatch, ca
         "optim: learning_rate 0.002, ",
         " parameters, ",
         "traced in ",
-        " TFLOP; a device holds ",
+        " GFLOP; a device holds ",
         "a checkpoint of ",
         " restored bit for bit in ",
         "a grid of 80 was drawn in ",

@@ -28,7 +28,7 @@ class Fid:
     samples: Samples  # arr_0, uint8 [N, H, W, C], as sample.py writes
     reference: str  # an .npz of statistics or images, or a data set, read at the samples' size
     inception: str  # the weights that pytorch-fid publishes, pt_inception-2015-12-05-6726825d.pth
-    split: str = "train"  # of the reference data set
+    split: str = "train"  # split of the reference data set
     save_reference: LocalPath | None = None  # an .npz for the data set's statistics, for next time
 
 
