@@ -75,10 +75,11 @@ class Progress:
             self.bar.set_postfix_str(note, refresh=False)
         is_due = time.monotonic() - self.printed > 5 or self.done >= self.total
         if self.bar.disable and is_due and jax.process_index() == 0:
-            self.printed = time.monotonic()
             words = f"{self.rate:,.1f} {self.unit}s/s" if note is None else note
-            if self.done < self.total:
+            is_first = self.printed == -math.inf  # of which little can be said
+            if self.done < self.total and not is_first:
                 words += f"  {self.time_left} left"
+            self.printed = time.monotonic()
             print(f"{self.unit} {self.done}/{self.total}  {words}", file=self.file, flush=True)
 
     def over(self, items: Iterable) -> Iterator:
