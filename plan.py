@@ -7,6 +7,11 @@ the counts alone, and `python plan.py --table` prints the table of benchmarks/RE
 0 if it fits, 1 if it does not.
 """
 
+from dit.signals import StopRequest
+
+if __name__ == "__main__":
+    StopRequest().end_at_once("plan.py")
+
 import itertools
 import math
 import os
@@ -49,7 +54,6 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")  # else libtpu asks for it on stderr
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported
-    cli.StopRequest().end_at_once("plan.py")
     with cli.exit_status("plan.py"):
         PLAN = parse(sys.argv[1:])
 

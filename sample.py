@@ -5,6 +5,11 @@ labels, the form of the ADM evaluator (.npz). An .npz goes on where it was kille
 function of (--seed, i), whatever the batch size and the number of devices.
 """
 
+from dit.signals import StopRequest
+
+if __name__ == "__main__":
+    StopRequest().end_at_once("sample.py")
+
 import contextlib
 import dataclasses
 import os
@@ -283,7 +288,6 @@ def claimed_parts(options: Sample, step: int, classes: np.ndarray) -> Iterator[P
 
 
 if __name__ == "__main__":
-    cli.StopRequest().end_at_once("sample.py")
     cli.use_compilation_cache()
     with cli.exit_status("sample.py"):
         with command_refused_together(cli.joins_hosts(sys.argv[1:])):

@@ -5,6 +5,11 @@ TensorBoard events, samples/, loss.png, checkpoints/. The same command again res
 With --dry-run it says what a run would be and cost, and tries its parts in a temporary folder.
 """
 
+from dit.signals import StopRequest
+
+if __name__ == "__main__":
+    STOP = StopRequest().end_at_once("train.py")
+
 import contextlib
 import dataclasses
 import os
@@ -51,8 +56,7 @@ def parse(argv: list[str]) -> Command:
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported
     joins = cli.joins_hosts(sys.argv[1:])
-    STOP = cli.StopRequest()
-    STOP = STOP.listen() if joins else STOP.end_at_once("train.py")  # hosts stop together
+    STOP.entered = joins  # hosts stop together
     cli.use_compilation_cache()
     cli.keep_freed_memory()
     with cli.exit_status("train.py"), command_refused_together(joins):
@@ -206,14 +210,14 @@ def describe_result(config: Config) -> None:
     say(f"more samples by: {shlex.join(words)}")
 
 
-def train(config: Config, stop: cli.StopRequest | None = None) -> State:
+def train(config: Config, stop: StopRequest | None = None) -> State:
     """Trains what a config describes, or goes on training it, and returns the last state.
 
     Raises InputError before anything is compiled or written; Diverged; Unsaved; and Stopped for a
     `stop` outside of the steps. Without one, it listens while it makes them.
     """
     config.validate()
-    stop = stop or cli.StopRequest()
+    stop = stop or StopRequest()
     steps, seed = config.train.steps, config.train.seed
     distributed = config.mesh.distributed
     connect_hosts(distributed, "mesh.distributed")
@@ -293,12 +297,12 @@ def train(config: Config, stop: cli.StopRequest | None = None) -> State:
 # The dry run
 
 
-def dry_run(config: Config, stop: cli.StopRequest | None = None) -> None:
+def dry_run(config: Config, stop: StopRequest | None = None) -> None:
     """Says what a run would be and cost, and tries its parts once in a temporary folder.
 
     Raises what `train` does. Of the run's own folder it reads which step would be the next.
     """
-    stop = stop or cli.StopRequest()
+    stop = stop or StopRequest()
 
     def check_stop() -> None:
         if stop.requested:

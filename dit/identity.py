@@ -7,6 +7,11 @@ weights. Step 2 also reaches the final modulation, the patch embedding and the b
 step 3 everything. Exit status 0 if all of that holds, 1 if not.
 """
 
+from dit.signals import StopRequest
+
+if __name__ == "__main__":
+    StopRequest().end_at_once("dit.identity")
+
 import functools
 import sys
 
@@ -14,7 +19,6 @@ from dit import cli
 from dit.config import Config, replace
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported
-    cli.StopRequest().end_at_once("dit.identity")
     cli.use_compilation_cache()
     with cli.exit_status("dit.identity"):
         CONFIG = cli.parse_config(sys.argv[1:], "python -m dit.identity", __doc__)

@@ -24,6 +24,7 @@ from dit.config import (
     Unsaved,
     nearest,
 )
+from dit.signals import SIGNALS, StopRequest
 from dit.state import make_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -422,12 +423,12 @@ print(faults)
 # Signals
 
 
-@pytest.mark.parametrize("number", cli.SIGNALS)
+@pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_is_noted_and_the_second_kills(number):
     program = f"""
 import signal
-from dit import cli
-with cli.StopRequest() as stop:
+from dit.signals import StopRequest
+with StopRequest() as stop:
     print(stop.requested)
     signal.raise_signal({number})
     print(stop.requested, flush=True)
@@ -440,9 +441,9 @@ with cli.StopRequest() as stop:
 
 
 BUSY = """
-import hashlib, signal, time
-from dit import cli
-stop = cli.StopRequest().end_at_once("x.py")
+import hashlib
+from dit.signals import StopRequest
+stop = StopRequest().end_at_once("x.py")
 {}
 print("ready", flush=True)
 hashlib.pbkdf2_hmac("sha256", b"", b"", 10**{})  # Python runs no handler meanwhile, as XLA compiles
@@ -450,7 +451,7 @@ print(stop.requested)
 """
 
 
-@pytest.mark.parametrize("number", cli.SIGNALS)
+@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize(
     "before, power, out", [("", 9, ""), ("stop.__enter__()", 6, "True\n")], ids=["start", "run"]
 )
@@ -469,7 +470,7 @@ def test_a_signal_that_is_ignored_stays_so():
     """As nohup has it with SIGHUP."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with cli.StopRequest() as stop:
+        with StopRequest() as stop:
             signal.raise_signal(signal.SIGHUP)
             assert not stop.requested
     finally:
@@ -477,9 +478,9 @@ def test_a_signal_that_is_ignored_stays_so():
 
 
 def test_after_a_run_that_was_not_stopped_signals_act_as_ever():
-    handlers = [signal.getsignal(n) for n in cli.SIGNALS]
-    with pytest.raises(KeyError), cli.StopRequest() as stop:
-        assert [signal.getsignal(n) for n in cli.SIGNALS] != handlers
+    handlers = [signal.getsignal(n) for n in SIGNALS]
+    with pytest.raises(KeyError), StopRequest() as stop:
+        assert [signal.getsignal(n) for n in SIGNALS] != handlers
         raise KeyError
-    assert [signal.getsignal(n) for n in cli.SIGNALS] == handlers
+    assert [signal.getsignal(n) for n in SIGNALS] == handlers
     assert not stop.requested

@@ -22,10 +22,11 @@ from on_hosts import signal_at
 from PIL import Image
 
 import train
-from dit import checkpoint, cli, generate, log
+from dit import checkpoint, generate, log
 from dit.config import Stopped
 from dit.data import InMemory
 from dit.sharding import make_mesh
+from dit.signals import StopRequest
 from dit.state import abstract_state
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -503,7 +504,7 @@ def test_metrics_that_cannot_be_written_are_warned_of_once_and_do_not_end_the_ru
 
 
 def test_a_stop_before_the_first_step_leaves_nothing(tmp_path, capsys):
-    stop = cli.StopRequest()
+    stop = StopRequest()
     stop.requested = True
     config = tiny_config(train=dict(workdir=str(tmp_path / "run")))
     with pytest.raises(Stopped, match="the same command goes on from the newest checkpoint"):
@@ -512,7 +513,7 @@ def test_a_stop_before_the_first_step_leaves_nothing(tmp_path, capsys):
 
 
 def test_an_evaluation_is_broken_off_with_its_step_saved(tmp_path, monkeypatch):
-    stop = cli.StopRequest()
+    stop = StopRequest()
 
     def make_evaluation(config, vae, mesh, check_stop):
         def evaluate(model):

@@ -6,6 +6,11 @@ sample.py takes. With --to, SOURCE is such a folder or a run's, and OUT a .pt or
 (official) or a folder (diffusers). Every tensor and every shape is accounted for.
 """
 
+from dit.signals import StopRequest
+
+if __name__ == "__main__":
+    StopRequest().end_at_once("dit.imagenet.convert")
+
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -30,7 +35,6 @@ class Convert:
 
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported
-    cli.StopRequest().end_at_once("dit.imagenet.convert")
     cli.use_compilation_cache()
     with cli.exit_status("dit.imagenet.convert"):
         OPTIONS = cli.parse(Convert, sys.argv[1:], "python -m dit.imagenet.convert", __doc__)

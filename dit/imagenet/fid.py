@@ -7,6 +7,11 @@ and so are its reference files (mu, sigma, mu_s, sigma_s, arr_0); pytorch-fid's 
 for FID. FID falls with the number of samples: 50,000 are usual.
 """
 
+from dit.signals import StopRequest
+
+if __name__ == "__main__":
+    StopRequest().end_at_once("dit.imagenet.fid")
+
 import sys
 import zipfile
 import zlib
@@ -33,7 +38,6 @@ class Fid:
 
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported
-    cli.StopRequest().end_at_once("dit.imagenet.fid")
     cli.use_compilation_cache()
     with cli.exit_status("dit.imagenet.fid"):
         OPTIONS = cli.parse(Fid, sys.argv[1:], "python -m dit.imagenet.fid", __doc__)

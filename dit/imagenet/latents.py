@@ -6,6 +6,11 @@ OUT is a TFDS folder in ArrayRecord, which Grain reads too. Killed and started a
 the first shard that is missing, to the same bytes.
 """
 
+from dit.signals import StopRequest
+
+if __name__ == "__main__":
+    StopRequest().end_at_once("dit.imagenet.latents")
+
 import functools
 import math
 import re
@@ -44,7 +49,6 @@ class MakeLatents:
 
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported
-    cli.StopRequest().end_at_once("dit.imagenet.latents")
     cli.use_compilation_cache()
     joins = cli.joins_hosts(sys.argv[1:])
     with cli.exit_status("dit.imagenet.latents"), command_refused_together(joins):
