@@ -45,8 +45,9 @@ def run(config: Config, steps: int) -> list[Metrics]:
     state = make_state(config, mesh)
     step_of = compile_train_step(config, mesh)
     flops_per_image = TRAINING_FLOPS * multiply_adds(state.model)
+    logged = replace(config, train=dict(steps=steps))  # the steps of the progress bar
     stream = batches(open_dataset(config.data), config.train.batch_size, config.train.seed, 0)
-    with contextlib.closing(stream), Log(config, 0, flops_per_image, {}) as log:
+    with contextlib.closing(stream), Log(logged, 0, flops_per_image, {}) as log:
         for step in range(1, steps + 1):
             state, metrics = step_of(state, place_batch(next(stream), mesh))
             log.record(step, metrics)
