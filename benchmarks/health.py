@@ -19,7 +19,7 @@ import tyro
 
 from dit import cli
 from dit.config import AtLeastTwo, Config, PositiveInt, replace, require
-from dit.data import batches, open_dataset
+from dit.data import batches, open_dataset, with_num_classes
 from dit.log import Log, Metrics, read_metrics
 from dit.model import TRAINING_FLOPS, multiply_adds
 from dit.sharding import make_mesh, place_batch
@@ -41,12 +41,14 @@ class Options:
 def run(config: Config, steps: int) -> list[Metrics]:
     """The lines of metrics that the first steps of a run leave."""
     config.workdir.mkdir(parents=True, exist_ok=True)
+    dataset = open_dataset(config.data)
+    config = with_num_classes(config, dataset)
     mesh = make_mesh(config)
     state = make_state(config, mesh)
     step_of = compile_train_step(config, mesh)
     flops_per_image = TRAINING_FLOPS * multiply_adds(state.model)
     logged = replace(config, train=dict(steps=steps))  # the steps of the progress bar
-    stream = batches(open_dataset(config.data), config.train.batch_size, config.train.seed, 0)
+    stream = batches(dataset, config.train.batch_size, config.train.seed, 0)
     with contextlib.closing(stream), Log(logged, 0, flops_per_image, {}) as log:
         for step in range(1, steps + 1):
             state, metrics = step_of(state, place_batch(next(stream), mesh))
@@ -104,6 +106,7 @@ def main() -> None:
     print_table(runs)
     every, device = config.train.log_every, jax.devices()[0].device_kind
     print(f"\n{config.name}, {options.seeds} seeds, lines of {every} steps, {device}")
+    config = with_num_classes(config, open_dataset(config.data))
     write_band(config, runs)
     print(f"wrote the band of its loss to {BANDS}")
 
