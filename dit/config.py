@@ -163,9 +163,7 @@ class Data:
     split: str = "train"  # split, such as `train`, `train[:90%]`, or `val` where a folder has it
     image_size: PositiveInt = 8  # side of an image, in pixels; others are cropped and resized
     channels: Literal[1, 3] = 1  # colour channels of an image
-    num_classes: PositiveInt | None = (
-        None  # classes; None: the data set's; label num_classes is null
-    )
+    num_classes: PositiveInt | None = None  # classes; None: as the data; label num_classes is null
     latents: AnyPath | None = None  # folder of VAE latents by dit.imagenet.latents; None is pixels
     latent_scale: PositiveFloat = 0.18215  # factor that makes the latents' deviation about 1
     vae: AnyPath | None = None  # folder of the VAE that decodes latents, for sample grids
