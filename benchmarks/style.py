@@ -38,8 +38,8 @@ Classify = Callable[[np.ndarray], np.ndarray]  # uint8 [N, 32, 32, 3] to classes
 
 @dataclass(frozen=True)
 class Options:
-    workdir: Workdir  # of a CIFAR-10 run
-    samples: PositiveInt = 500  # with each style
+    workdir: Workdir  # folder of a CIFAR-10 run
+    samples: PositiveInt = 500  # samples with each style
 
 
 class Classifier(nnx.Module):

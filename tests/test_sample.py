@@ -251,7 +251,7 @@ def test_a_name_that_is_a_number_goes_before_the_number():
         (["--classes", "-1"], "--classes: -1 should be from 0 to 9"),
         (
             ["--classes", "cat"],
-            "--classes: 'cat' should be a number from 0 to 9 or the name of a class; the nearest",
+            "--classes: 'cat' should be a number from 0 to 9 or the name of a class",
         ),
         (["--classes", "²"], "--classes: '²' should be a number from 0 to 9 or the name of a"),
         (
