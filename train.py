@@ -35,6 +35,7 @@ import optax
 
 from dit import checkpoint, generate
 from dit.data import Dataset, augment, batch_shapes, batches, drop_condition, open_dataset
+from dit.heldout import make_held_out_loss
 from dit.imagenet.fid import make_evaluation
 from dit.imagenet.vae import load_vae
 from dit.log import Log, say
@@ -120,16 +121,28 @@ def first_state(config: Config, mesh: jax.sharding.Mesh, start: int) -> State:
 
 def make_judges(
     config: Config, dataset: Dataset, mesh: jax.sharding.Mesh, check_stop: Callable[[], None]
-) -> tuple[Callable | None, Callable | None]:
-    """What scores a model and what draws it, None where the config asks for none."""
-    vae = evaluate = draw_grid = None
+) -> tuple[Callable | None, Callable | None, Callable | None]:
+    """What scores a model, what draws it and what measures its loss on held-out images, None where
+    the config asks for none.
+    """
+    vae = evaluate = draw_grid = held_out_loss = None
     if config.data.vae:
         vae = place(load_vae(config.data.vae, config.data.latent_scale), replicated(mesh))
     if config.eval.every:
         evaluate = make_evaluation(config, vae, mesh, check_stop)
     if config.train.sample_every and (vae is not None or not config.data.latents):
         draw_grid = generate.make_grid_sampler(config, vae, dataset, mesh, check_stop)
-    return evaluate, draw_grid
+    if config.eval.split:
+        held_out_loss = make_held_out_loss(config, mesh)
+    return evaluate, draw_grid, held_out_loss
+
+
+def held_out_losses(held_out_loss: Callable[[DiT], float], state: State) -> dict[str, float]:
+    """Of the last weights, as the loss of a step is, and of their average."""
+    return {
+        "held_out_loss": held_out_loss(state.model),
+        "held_out_loss_ema": held_out_loss(state.ema),
+    }
 
 
 def is_due(step: int, every: int, steps: int) -> bool:
@@ -178,7 +191,7 @@ def train(config: Config, stop: cli.StopRequest | None = None) -> State:
             raise Stopped("stopped; the same command goes on from the newest checkpoint")
 
     with refused_together(distributed):
-        evaluate, draw_grid = make_judges(config, dataset, mesh, check_stop)
+        evaluate, draw_grid, held_out_loss = make_judges(config, dataset, mesh, check_stop)
     check_stop()
     with refused_together(distributed):  # written to only now that no host has refused
         lock = checkpoint.prepare_workdir(config, start)
@@ -215,15 +228,18 @@ def train(config: Config, stop: cli.StopRequest | None = None) -> State:
 
             stops = on_any_host(stop.requested)
             logs = is_due(step, config.train.log_every, steps)
+            measures = held_out_loss is not None and is_due(step, config.eval.loss_every, steps)
             evaluates = evaluate is not None and is_due(step, config.eval.every, steps)
             draws = draw_grid is not None and is_due(step, config.train.sample_every, steps)
             saves = is_due(step, config.train.checkpoint_every, steps)
             saves = saves or stops or evaluates or draws  # before what takes long
-            if not (logs or saves):
+            if not (logs or measures or saves):
                 continue
             with log.paused():  # waits for this step; what follows is not training time
                 if logs:
                     log.write(step)
+                if measures:
+                    log.scores(step, held_out_losses(held_out_loss, state))
                 if saves:
                     checkpoints.save(state, log.unwritten)
                 if stops:

@@ -213,6 +213,8 @@ class Eval:
     steps: PositiveInt | None = None  # None is as many as give the paper's 250 forwards
     guidance: float = 1.0  # guidance scale; 1 is none
     batch_size: PositiveInt = 256  # samples at a time, over all devices
+    split: str | None = None  # of images not trained on, such as `test`; their loss is measured
+    loss_every: PositiveInt = 500  # steps between two measurements of it
 
 
 @dataclass(frozen=True)
@@ -402,6 +404,10 @@ def check_sizes(config: Config) -> None:
 def check_evaluation(config: Config) -> None:
     latents, vae, evaluation = config.data.latents, config.data.vae, config.eval
     require(vae is None or latents, "data.vae", vae, "given with data.latents: pixels need none")
+    held_out, trained_on = evaluation.split, config.data.split
+    is_apart = held_out is None or trained_on not in (held_out, held_out.split("[")[0])
+    expected = f"of other images than data.split = {trained_on!r}"
+    require(is_apart, "eval.split", held_out, expected)
     if evaluation.every == 0:
         return
     inception, reference = evaluation.inception, evaluation.reference

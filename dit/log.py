@@ -294,21 +294,25 @@ def read_metrics(path: Path) -> Iterator[tuple[str, Metrics]]:
 
 
 def plot_loss(workdir: Path) -> None:
-    """`loss.png` from `metrics.jsonl`: the loss and its parts, if any, against the step."""
+    """`loss.png` from `metrics.jsonl`: the loss, its parts and that of held-out images, if any,
+    against the step.
+    """
     from matplotlib.figure import Figure
 
-    rows = [row for _, row in read_metrics(workdir / "metrics.jsonl") if "loss" in row]
+    rows = [row for _, row in read_metrics(workdir / "metrics.jsonl")]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     labels = {
         "loss": "loss",
         "mse": "squared error of the noise",
         "vb": "variational term (bits)",
+        "held_out_loss": "loss of held-out images",
+        "held_out_loss_ema": "loss of held-out images, averaged weights",
     }
-    steps = [row["step"] for row in rows]
     for name, label in labels.items():
-        if all(name in row for row in rows):  # only DDPM's loss has parts
-            axes.plot(steps, [row[name] for row in rows], label=label, linewidth=1)
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points or name == "loss":  # only DDPM's loss has parts
+            axes.plot(*np.reshape(points, (-1, 2)).T, label=label, linewidth=1)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -327,6 +327,14 @@ LATENTS = dict(latents="x", image_size=48)
         ),
         (dict(data=dict(vae="x")), "data.vae: 'x' should be given with data.latents"),
         (
+            dict(eval=dict(split="train[90%:]")),
+            "eval.split: 'train[90%:]' should be of other images than data.split = 'train'",
+        ),
+        (
+            dict(eval=dict(split="train[:9]"), data=dict(split="train[:9]")),
+            "eval.split: 'train[:9]' should be of other images than data.split = 'train[:9]'",
+        ),
+        (
             dict(eval=dict(every=3)),
             "eval.inception: None should be pytorch-fid's weights, with eval.every",
         ),
@@ -355,6 +363,7 @@ def test_what_is_refused_in_one_place_may_stand_in_another():
         tiny_config(objective=dict(schedule="cosine", num_steps=3)),
         tiny_config(objective=FLOW, train=dict(sampler="euler", sample_steps=2000)),
         tiny_config(eval=evaluated, data=LATENTS | dict(vae="x")),
+        tiny_config(eval=dict(split="train[90%:]"), data=dict(split="train[:90%]")),
         replace(tiny_config(), mesh=dataclasses.asdict(Mesh(data=2, fsdp=4))),
     ):
         assert config.validate() is config
