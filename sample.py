@@ -25,6 +25,7 @@ from dit import checkpoint, cli
 from dit.config import (
     Config,
     Count,
+    Decay,
     InputError,
     Labels,
     LocalPath,
@@ -69,6 +70,7 @@ class Sample:
     batch_size: PositiveInt = 256  # images at a time, over all devices of a host
     dtype: Literal["float32", "bfloat16"] | None = None  # of the products; None is the run's
     ema: bool = True  # take the averaged weights rather than the last
+    ema_decay: Decay | None = None  # which average, where the run has several; None is the first
     distributed: bool = False  # several hosts, which share the folder of --out
     out: LocalPath = "samples.png"  # .png for a grid, .npz for arrays
 
@@ -110,7 +112,8 @@ def run(options: Sample) -> Path:
     else:
         labels = generate.draw_labels(options.labels, options.seed, classes, options.num_samples)
 
-    model, config = checkpoint.load(workdir, options.ema, replicated(mesh), options.dtype, step)
+    ema = options.ema if options.ema_decay is None else options.ema_decay
+    model, config = checkpoint.load(workdir, ema, replicated(mesh), options.dtype, step)
     draw = generate.make_draw(
         config,
         mesh,
@@ -175,6 +178,11 @@ def check(options: Sample, config: Config) -> None:
     require(can_write, "--out", options.out, "a file that can be written")
     is_npz = num_samples is None or out.suffix == ".npz"
     require(is_npz, "--num-samples", num_samples, "given with an --out that ends in .npz")
+
+    decay, decays = options.ema_decay, tuple(config.optim.averages.values())
+    is_one = decay is None or (options.ema and decay in decays)
+    expected = f"one of the run's, {', '.join(map(str, decays))}, and not given with --no-ema"
+    require(is_one, "--ema-decay", decay, expected)
 
     has_masks = options.mask is None or config.data.mask_classes > 0
     require(has_masks, "--mask", options.mask, "left out: the model was trained without masks")

@@ -86,12 +86,15 @@ def train_step(config: Config, state: State, batch: Batch) -> tuple[State, Metri
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
     model = optax.apply_updates(state.model, updates)
-    ema = update_ema(state.ema, model, state.step, config.optim.ema_decay)
+    emas = tuple(
+        update_ema(ema, model, state.step, decay)
+        for ema, decay in zip(state.emas, config.optim.averages.values(), strict=True)
+    )
 
     metrics["loss"] = loss
     metrics["grad_norm"] = optax.tree.norm(grads)
     metrics["learning_rate"] = jnp.asarray(schedule(state.step))
-    return State(state.step + 1, model, ema, opt_state), metrics
+    return State(state.step + 1, model, emas, opt_state), metrics
 
 
 def compile_train_step(config: Config, mesh: jax.sharding.Mesh) -> Callable:
@@ -137,12 +140,14 @@ def make_judges(
     return evaluate, draw_grid, held_out_loss
 
 
-def held_out_losses(held_out_loss: Callable[[DiT], float], state: State) -> dict[str, float]:
-    """Of the last weights, as the loss of a step is, and of their average."""
-    return {
-        "held_out_loss": held_out_loss(state.model),
-        "held_out_loss_ema": held_out_loss(state.ema),
-    }
+def held_out_losses(
+    config: Config, held_out_loss: Callable[[DiT], float], state: State
+) -> dict[str, float]:
+    """Of the last weights, as the loss of a step is, and of each average."""
+    losses = {"held_out_loss": held_out_loss(state.model)}
+    for name, ema in zip(config.optim.averages, state.emas, strict=True):
+        losses[f"held_out_loss_{name}"] = held_out_loss(ema)
+    return losses
 
 
 def is_due(step: int, every: int, steps: int) -> bool:
@@ -239,7 +244,7 @@ def train(config: Config, stop: cli.StopRequest | None = None) -> State:
                 if logs:
                     log.write(step)
                 if measures:
-                    log.scores(step, held_out_losses(held_out_loss, state))
+                    log.scores(step, held_out_losses(config, held_out_loss, state))
                 if saves:
                     checkpoints.save(state, log.unwritten)
                 if stops:

@@ -174,7 +174,19 @@ class Optim:
     weight_decay: NonNegativeFloat = 0.0  # decoupled weight decay
     grad_clip: PositiveFloat | None = None  # largest global norm of the gradient
     accumulate: PositiveInt = 1  # equal parts of a batch, computed one after the other
-    ema_decay: Decay = 0.9999  # of the averaged weights; early on min(decay, (1 + n) / (10 + n))
+    # of the averaged weights, early on min(decay, (1 + n) / (10 + n)); with several the first
+    # average is the one that is drawn and judged
+    ema_decay: Decay | tuple[Decay, ...] = 0.9999
+
+    def __post_init__(self):
+        if isinstance(self.ema_decay, list):  # as JSON has it
+            object.__setattr__(self, "ema_decay", tuple(self.ema_decay))
+
+    @property
+    def averages(self) -> dict[str, float]:
+        """The decay of each average by its name in checkpoints and metrics: ema, ema_0.99, ..."""
+        first, *others = self.ema_decay if isinstance(self.ema_decay, tuple) else [self.ema_decay]
+        return {"ema": first} | {f"ema_{decay}": decay for decay in others}
 
 
 @dataclass(frozen=True)
@@ -319,8 +331,13 @@ def check_value(name: str, value: Any, hint: Any) -> None:
     if kind is Literal:
         is_one = any(value == a and type(value) is type(a) for a in arguments)  # True == 1
         require(is_one, name, value, "one of " + ", ".join(map(str, arguments)))
-    elif kind in (typing.Union, types.UnionType):  # every union here is `X | None`
-        if value is not None:
+    elif kind in (typing.Union, types.UnionType):  # each is `X | None` or `X | tuple[X, ...]`
+        takes_several = typing.get_origin(arguments[1]) is tuple
+        if takes_several and isinstance(value, tuple):
+            require(value, name, value, "one or more")
+            for each in value:
+                check_value(name, each, arguments[0])
+        elif takes_several or value is not None:
             check_value(name, value, arguments[0])
     elif kind is Annotated:
         check_value(name, value, arguments[0])
@@ -418,7 +435,9 @@ def check_evaluation(config: Config) -> None:
 
 def check_run(config: Config) -> None:
     train, parts = config.train, config.optim.accumulate
-    batch_size = train.batch_size
+    batch_size, decays = train.batch_size, config.optim.ema_decay
+    differ = not isinstance(decays, tuple) or len(set(decays)) == len(decays)
+    require(differ, "optim.ema_decay", decays, "decays that differ")
     divides = batch_size % parts == 0
     require(divides, "train.batch_size", batch_size, f"a multiple of optim.accumulate = {parts}")
     installed = importlib.util.find_spec("wandb") is not None

@@ -21,8 +21,13 @@ from dit.sharding import shardings
 class State:
     step: jax.Array  # int32, optimizer steps taken
     model: DiT
-    ema: DiT  # exponential moving average of the model
+    emas: tuple[DiT, ...]  # exponential moving averages of the model, one a decay
     opt_state: optax.OptState
+
+    @property
+    def ema(self) -> DiT:
+        """The average that is drawn and judged."""
+        return self.emas[0]
 
 
 def run_keys(config: Config) -> tuple[jax.Array, jax.Array]:
@@ -99,8 +104,8 @@ def make_init(config: Config) -> Callable[[], State]:
     def init() -> State:
         init_key, _ = run_keys(config)
         model = make_model(config, init_key)
-        ema = jax.tree.map(jnp.copy, model)
-        return State(jnp.int32(0), model, ema, optimizer.init(model))
+        emas = tuple(jax.tree.map(jnp.copy, model) for _ in config.optim.averages)
+        return State(jnp.int32(0), model, emas, optimizer.init(model))
 
     return init
 

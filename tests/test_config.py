@@ -51,6 +51,31 @@ def test_json_of_before_a_field_was_added_gives_its_default():
     assert dit_config.from_json({}) == Config()
 
 
+def test_several_decays_survive_json_and_stay_hashable():
+    several = tiny_config(optim=dict(ema_decay=[0.99, 0.5])).validate()  # a file may hold a list
+    assert dit_config.from_json(json.loads(several.to_json())) == several
+    assert hash(several) == hash(tiny_config(optim=dict(ema_decay=(0.99, 0.5))))
+    assert several.optim.averages == {"ema": 0.99, "ema_0.5": 0.5}
+    assert tiny_config().optim.averages == {"ema": 0.99}
+
+
+@pytest.mark.parametrize(
+    "decays, words",
+    [
+        ((), "() should be one or more"),
+        ((0.9, 1.0), "1.0 should be from 0 to below 1"),
+        ((0.9, "x"), "'x' should be of type float"),
+        ((0.9, None), "None should be of type float"),
+        (None, "None should be of type float"),
+        ((0.9, 0.99, 0.9), "(0.9, 0.99, 0.9) should be decays that differ"),
+    ],
+)
+def test_decays_that_cannot_be_are_refused(decays, words):
+    with pytest.raises(InputError) as refusal:
+        tiny_config(optim=dict(ema_decay=decays)).validate()
+    assert str(refusal.value) == f"optim.ema_decay: {words}"
+
+
 @pytest.mark.parametrize(
     "values, words",
     [

@@ -74,17 +74,19 @@ def test_a_run_measures_its_last_weights_and_their_average_every_so_often(tmp_pa
 
     monkeypatch.setattr(train, "make_held_out_loss", make_held_out_loss)
     steps = dict(steps=5, checkpoint_every=1, keep_last=9, workdir=str(tmp_path))
-    train.train(tiny_config(train=steps, eval=dict(split="test", loss_every=2)))
+    measured = dict(split="test", loss_every=2)
+    train.train(tiny_config(train=steps, eval=measured, optim=dict(ema_decay=(0.99, 0.5))))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    measured = [row for row in lines if "held_out_loss" in row]
-    assert [row["step"] for row in measured] == [2, 4, 5]
+    rows = [row for row in lines if "held_out_loss" in row]
+    assert [row["step"] for row in rows] == [2, 4, 5]
     of_model = make_held_out_loss(None, None)
-    for row in measured:
-        average, _ = checkpoint.load(tmp_path, step=row["step"])
-        last, _ = checkpoint.load(tmp_path, ema=False, step=row["step"])
-        assert row["held_out_loss"] == pytest.approx(of_model(last), rel=1e-5)
-        assert row["held_out_loss_ema"] == pytest.approx(of_model(average), rel=1e-5)
-        assert of_model(average) != pytest.approx(of_model(last), rel=1e-3)
+    for row in rows:
+        losses = []
+        for name, ema in [("", False), ("_ema", True), ("_ema_0.5", 0.5)]:
+            model, _ = checkpoint.load(tmp_path, ema, step=row["step"])
+            losses.append(of_model(model))
+            assert row[f"held_out_loss{name}"] == pytest.approx(losses[-1], rel=1e-5)
+        assert len({round(loss, 4) for loss in losses}) == 3, losses
 
 
 def test_the_plot_shows_it_at_the_steps_at_which_it_was_measured(tmp_path, monkeypatch):

@@ -36,11 +36,13 @@ def run(tmp_path_factory):
         placements = jax.tree.map(lambda leaf: leaf.sharding, state)
         model = jax.device_put(state.model, jax.devices()[0])
         awake = dataclasses.replace(
-            state, model=awaken(model, 0.05), ema=awaken(model, 0.05, seed=9)
+            state,
+            model=awaken(model, 0.05),
+            emas=(awaken(model, 0.05, seed=9), awaken(model, 0.05, seed=10)),
         )
         return jax.device_put(awake, placements)
 
-    options = "--train.steps 2 --train.checkpoint-every 1 --optim.ema-decay 0.5".split()
+    options = "--train.steps 2 --train.checkpoint-every 1 --optim.ema-decay 0.5 0.25".split()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_state", awake_state)
         run_train(*TINY, "--workdir", workdir, *options)
@@ -144,12 +146,15 @@ def test_every_option_changes_what_it_should(run, tmp_path):
     for flags in (
         ["--guidance", "3"],
         ["--no-ema"],
+        ["--ema-decay", "0.25"],
         ["--eta", "1"],
         ["--sampler", "ddpm"],
         ["--steps", "9"],
         ["--dtype", "bfloat16"],
     ):
         assert (draw(run, tmp_path, *base_flags, *flags)[0] != base).any(), flags
+    first, _ = draw(run, tmp_path, *base_flags, "--ema-decay", "0.5")
+    np.testing.assert_array_equal(first, base)
     guided_flags = [*base_flags, "--guidance", "3"]
     guided, _ = draw(run, tmp_path, *guided_flags)
     partly, _ = draw(run, tmp_path, *guided_flags, "--guidance-interval", "20", "60")
@@ -256,6 +261,11 @@ def test_classes_go_by_number_name_or_synonym():
             "--eta: 0.5 should be 0 with --sampler ddpm: only ddim has it",
         ),
         (["--dtype", "float16"], "--dtype"),
+        (["--ema-decay", "0.7"], "--ema-decay: 0.7 should be one of the run's, 0.5, 0.25, and"),
+        (
+            ["--ema-decay", "0.5", "--no-ema"],
+            "--ema-decay: 0.5 should be one of the run's, 0.5, 0.25, and not given with --no-ema",
+        ),
         (["--guidance", "nan"], "--guidance: nan should be a finite number"),
         (
             ["--guidance-interval", "500", "100"],

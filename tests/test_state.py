@@ -33,7 +33,7 @@ def run_steps(config: Config, devices: int, steps=3) -> Run:
     state = make_state(config, mesh)
     placement = jax.tree.map(lambda leaf: leaf.sharding, state)
     model = awaken(jax.device_put(state.model, jax.devices()[0]))
-    state = dataclasses.replace(state, model=model, ema=jax.tree.map(jnp.copy, model))
+    state = dataclasses.replace(state, model=model, emas=(jax.tree.map(jnp.copy, model),))
     state = jax.device_put(state, placement)
     before = jax.tree.map(np.array, state)  # copies: the step donates its state
     step = train.compile_train_step(config, mesh)
@@ -207,11 +207,11 @@ RAMP = jnp.arange(64, dtype=jnp.uint8).reshape(1, 8, 8, 1)  # darker on the left
 def spied_step(monkeypatch, config: Config, step=0) -> tuple[State, dict[str, jax.Array]]:
     """The state and what the objective was given by a step from w = 1 with an average of 0."""
     monkeypatch.setattr(train, "make_objective", lambda config: Spy())
-    model, ema = {"w": jnp.float32(1)}, {"w": jnp.float32(0)}
+    model, emas = {"w": jnp.float32(1)}, ({"w": jnp.float32(0)},) * len(config.optim.averages)
     schedule = learning_rate(config.optim, config.train.steps)
     opt_state = make_optimizer(config.optim, schedule).init(model)
     batch = {"image": RAMP.repeat(BATCH, axis=0), "label": jnp.full(BATCH, 4)}
-    return train.train_step(config, State(jnp.int32(step), model, ema, opt_state), batch)
+    return train.train_step(config, State(jnp.int32(step), model, emas, opt_state), batch)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9, 0.9999])
@@ -226,6 +226,14 @@ def test_the_first_step_averages_with_a_tenth(monkeypatch):
     config = tiny_config(optim=dict(ema_decay=0.9999, learning_rate=0.5))
     state, _ = spied_step(monkeypatch, config, step=0)
     assert float(state.ema["w"]) == pytest.approx(0.9 * 0.5, rel=1e-4)
+
+
+def test_a_step_updates_each_average_with_its_own_decay(monkeypatch):
+    config = tiny_config(optim=dict(ema_decay=(0.9, 0.0, 0.5), learning_rate=0.5))
+    state, _ = spied_step(monkeypatch, config, step=100_000)
+    averages = [float(ema["w"]) for ema in state.emas]
+    assert averages == pytest.approx([0.1 * 0.5, 1.0 * 0.5, 0.5 * 0.5], rel=1e-4)
+    assert state.ema is state.emas[0]
 
 
 def test_each_sample_of_each_step_has_a_key_of_its_own_and_a_step_always_the_same(monkeypatch):

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import tyro
 
 from dit import cli
-from dit.config import Config, InputError, LocalPath, PositiveInt, check_value, require
+from dit.config import Config, Decay, InputError, LocalPath, PositiveInt, check_value, require
 
 Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
 Out = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
@@ -27,6 +27,7 @@ class Convert:
     out: Out  # what to write; it should not exist yet
     to: Literal["official", "diffusers"] | None = None  # the layout to write ours in
     num_heads: PositiveInt | None = None  # of an official DiT of unusual width; no shape says them
+    ema_decay: Decay | None = None  # with --to, of a run with several averages; None is the first
 
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported
@@ -52,7 +53,8 @@ def run(options: Convert) -> None:
         names = class_names(config.data.num_classes)
         checkpoint.save_weights(out, model, config, names)
     else:
-        model, config = checkpoint.load(source)
+        ema = True if options.ema_decay is None else options.ema_decay
+        model, config = checkpoint.load(source, ema)
         objective = config.objective.name
         expected = "ddpm: the other layouts do not say for which objective a model is"
         require(objective == "ddpm", "SOURCE: objective.name", objective, expected)
