@@ -35,7 +35,8 @@ MEMORY_LIMIT = 4 << 30  # bytes of decoded images to keep in memory; more are de
 DECODE_LIMIT = 300  # seconds at the start to decode them in; else they are decoded each epoch
 DECODED_AT_ONCE = 1024  # images
 
-Condition = dict[str, jax.Array]  # what the model is told beside x and t: "y", and "mask" if any
+# What the model is told beside x and t: "y", "mask" if any and, in training, "dropout_keys" if any
+Condition = dict[str, jax.Array]
 
 
 class Records(Protocol):

@@ -51,6 +51,7 @@ def make_model(config: Config, key: jax.Array) -> DiT:
         learn_sigma=config.objective.learns_variance,
         conditioning=model.conditioning,
         mask_classes=config.data.mask_classes,
+        dropout=model.dropout,
         dtype=jnp.dtype(config.train.dtype),
         remat=model.remat,
         rngs=nnx.Rngs(params=key),

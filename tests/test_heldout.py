@@ -68,6 +68,15 @@ def test_it_is_fixed_and_the_same_on_any_devices(splits):
     assert held_out_loss("dark", train=dict(seed=1))(model) != pytest.approx(first, rel=1e-3)
 
 
+def test_nothing_is_dropped_that_training_drops(splits):
+    model, dropping = (
+        awaken(make_model(tiny_config(model=dict(dropout=rate)), jax.random.key(0)))
+        for rate in (0.0, 0.5)
+    )
+    found = held_out_loss("dark", model=dict(dropout=0.5))(dropping)
+    assert found == held_out_loss("dark", objective=dict(label_dropout=1.0))(model)
+
+
 def test_a_run_measures_its_last_weights_and_their_average_every_so_often(tmp_path, monkeypatch):
     def make_held_out_loss(config, mesh):
         return lambda model: float(jnp.abs(model.final.linear.kernel[...]).sum())
