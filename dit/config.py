@@ -18,6 +18,7 @@ import tyro
 
 VAE_FACTOR = 8  # pixels of an image to one of its latents, along a side
 LATENT_CHANNELS = 4
+AUGMENT_SIZE = 5  # numbers that tell the network how an image was moved
 MAX_SIDE = 4096  # of an image, in pixels
 MAX_STEPS = 1_000_000  # of a diffusion or a sampler, whose tables hold a row for each
 
@@ -162,6 +163,7 @@ class Data:
     latent_scale: PositiveFloat = 0.18215  # makes the latents' standard deviation about 1
     vae: AnyPath | None = None  # folder of the VAE that decodes latents, for sample grids
     flip: bool = False  # mirror each image with probability 1/2
+    augment: Probability = 0.0  # of a mirror, a turn, a shift each; the network is told which
     mask_classes: Byte = 0  # classes of a layout mask that conditions the model; 0 has no mask
 
 
@@ -272,6 +274,7 @@ class Config:
         check_model(self)
         check_objective(self)
         check_masks(self)
+        check_augmentation(self)
         check_sizes(self)
         check_evaluation(self)
         check_run(self)
@@ -407,6 +410,12 @@ def check_masks(config: Config) -> None:
     require(not config.data.latents, "data.mask_classes", masks, "0 with data.latents")
     enough = f"at least objective.label_dropout = {label_dropout}: a label goes with its mask"
     require(mask_dropout >= label_dropout, "objective.mask_dropout", mask_dropout, enough)
+
+
+def check_augmentation(config: Config) -> None:
+    augment, latents = config.data.augment, config.data.latents
+    fits = augment == 0 or latents is None
+    require(fits, "data.augment", augment, "0 with data.latents, which cannot be turned")
 
 
 def check_sizes(config: Config) -> None:

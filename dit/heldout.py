@@ -1,7 +1,8 @@
 """The loss on images that a run is not trained on: where it rises, the run overfits.
 
 The same images are always at the same times under the same noise, so that a curve of it is smooth.
-It is the loss of labelled images: no label is dropped.
+It is the loss of labelled images as they are: nothing is dropped, and none is augmented but by
+data.flip.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ TAG = 2**30  # folded into the run's seed
 
 def make_held_out_loss(config: Config, mesh: jax.sharding.Mesh) -> Callable[[DiT], float]:
     """The function (model) -> its loss on the images of `eval.split`. Raises InputError."""
-    data = dataclasses.replace(config.data, split=config.eval.split)
+    data = dataclasses.replace(config.data, split=config.eval.split, augment=0.0)
     records, batch_size = open_dataset(data).records, config.train.batch_size
     num_batches = math.ceil(min(len(records), AT_MOST) / batch_size)
     indices = np.linspace(0, len(records) - 1, num_batches * batch_size).astype(int)

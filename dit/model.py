@@ -319,7 +319,8 @@ class DiT(nnx.Module):
     `dtype` is the type of the products inside the blocks; the residual stream, norms, GELU and
     softmax are float32, as is all before and behind the blocks.
     In training, `dropout_keys=`, one a sample `[B]`, drops what the branches of the blocks add to
-    the residual stream, at the rate `dropout`.
+    the residual stream, at the rate `dropout`; `augment=`, `[B, augment_size]`, tells how images
+    were augmented, and none is the same as zeros.
     """
 
     def __init__(
@@ -336,6 +337,7 @@ class DiT(nnx.Module):
         learn_sigma: bool = True,
         conditioning: str = "adaln_zero",
         mask_classes: int = 0,
+        augment_size: int = 0,
         dropout: float = 0.0,
         dtype=jnp.float32,
         remat: str = "none",
@@ -352,6 +354,7 @@ class DiT(nnx.Module):
         self.learn_sigma = learn_sigma
         self.conditioning = conditioning
         self.mask_classes = mask_classes
+        self.augment_size = augment_size
         self.dropout = dropout
         self.dtype = dtype
         self.remat = remat
@@ -372,19 +375,30 @@ class DiT(nnx.Module):
         self.blocks = jax.vmap(make_block)(rngs.split(depth))
         out_size = patch_values * (2 if learn_sigma else 1)
         self.final = FinalLayer(hidden_size, out_size, self.adaptive, rngs=rngs)
+        if augment_size:  # without a bias, so that zeros add nothing
+            options = dict(use_bias=False, kernel_init=zero_init, precision="highest", rngs=rngs)
+            self.augment_embed = nnx.Linear(augment_size, hidden_size, **options)
 
     @property
     def adaptive(self) -> bool:
         """Whether the condition acts on the layer norms, one vector for the image or a token."""
         return self.conditioning in ("adaln_zero", "adaln")
 
-    def condition(self, t: jax.Array, y: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def condition(
+        self,
+        t: jax.Array,
+        y: jax.Array,
+        mask: jax.Array | None = None,
+        augment: jax.Array | None = None,
+    ) -> jax.Array:
         """The condition c of the blocks.
 
         The sum of the embeddings in the adaptive designs, `[B, 1, D]`, or `[B, T, D]` with a mask.
         In the others the sequence of the two, `[B, 2, D]`.
         """
         t = self.timestep_embed(t)[:, None]  # [B or 1, 1, D]
+        if augment is not None:
+            t = t + self.augment_embed(augment)[:, None]  # [B, 1, D]
         y = gather(self.label_embed.embedding[...])[y][:, None]  # [B, 1, D]
         if not self.adaptive:
             return jnp.concatenate([jnp.broadcast_to(t, y.shape), y], axis=1)
@@ -396,12 +410,13 @@ class DiT(nnx.Module):
         t: jax.Array,
         y: jax.Array,
         mask: jax.Array | None = None,
+        augment: jax.Array | None = None,
         dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
         positions = position_embedding(self.input_size // self.patch_size, self.hidden_size)
         x = self.patch_embed(patchify(x, self.patch_size))  # [B, T, D]
         x = x + positions
-        c = self.condition(t, y, mask)  # [B, 1, D], [B, T, D] or [B, 2, D]
+        c = self.condition(t, y, mask, augment)  # [B, 1, D], [B, T, D] or [B, 2, D]
         num_patches = x.shape[1]
         if self.conditioning == "in_context":
             x = jnp.concatenate([x, c], axis=1)  # [B, T + 2, D]
@@ -447,6 +462,7 @@ def multiply_adds(model: DiT) -> int:
     conditions = patches if model.mask_classes else 1  # vectors c of an image
 
     embeddings = patches * patch_values * D + TIMESTEP_FEATURES * D + D * D
+    embeddings += model.augment_size * D
     if model.mask_classes:
         pixel = 9 * model.mask_classes * MASK_FEATURES + MASK_FEATURES * D
         embeddings += patches * p**2 * pixel

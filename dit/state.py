@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from dit.config import Config, Optim
+from dit.config import AUGMENT_SIZE, Config, Optim
 from dit.ddpm import DDPM
 from dit.flow import Flow
 from dit.model import DiT
@@ -51,6 +51,7 @@ def make_model(config: Config, key: jax.Array) -> DiT:
         learn_sigma=config.objective.learns_variance,
         conditioning=model.conditioning,
         mask_classes=config.data.mask_classes,
+        augment_size=AUGMENT_SIZE if config.data.augment else 0,
         dropout=model.dropout,
         dtype=jnp.dtype(config.train.dtype),
         remat=model.remat,

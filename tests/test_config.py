@@ -360,6 +360,10 @@ LATENTS = dict(latents="x", image_size=48)
             "eval.split: 'train[:9]' should be of other images than data.split = 'train[:9]'",
         ),
         (
+            dict(data=LATENTS | dict(augment=0.1)),
+            "data.augment: 0.1 should be 0 with data.latents, which cannot be turned",
+        ),
+        (
             dict(eval=dict(every=3)),
             "eval.inception: None should be pytorch-fid's weights, with eval.every",
         ),

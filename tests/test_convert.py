@@ -376,6 +376,14 @@ def test_an_mlp_of_another_width_is_official_but_none_of_diffusers(refused, ours
     assert_same_model(tmp_path / "narrow", tmp_path / "again")
 
 
+def test_the_label_of_augmentation_is_left_out_which_sampling_never_gives(tmp_path):
+    model = awaken(tiny_model(**SIZES, augment_size=5))
+    save_file({k: np.asarray(v) for k, v in to_official(model).items()}, tmp_path / "x.safetensors")
+    convert_command(tmp_path / "x.safetensors", tmp_path / "ours", *HEADS)
+    loaded, _ = checkpoint.load(tmp_path / "ours")
+    np.testing.assert_array_equal(loaded(*inputs(model)), model(*inputs(model)))
+
+
 def test_of_several_averages_one_is_converted(ours, model, tmp_path):
     config = replace(checkpoint.load(ours)[1], optim=dict(ema_decay=(0.9, 0.8)))
     other = awaken(model, seed=3)

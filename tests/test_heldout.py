@@ -68,13 +68,13 @@ def test_it_is_fixed_and_the_same_on_any_devices(splits):
     assert held_out_loss("dark", train=dict(seed=1))(model) != pytest.approx(first, rel=1e-3)
 
 
-def test_nothing_is_dropped_that_training_drops(splits):
-    model, dropping = (
-        awaken(make_model(tiny_config(model=dict(dropout=rate)), jax.random.key(0)))
-        for rate in (0.0, 0.5)
+def test_nothing_is_dropped_or_augmented_that_training_drops_or_augments(splits):
+    only_in_training = dict(
+        data=dict(augment=1.0), model=dict(dropout=0.5), objective=dict(label_dropout=1.0)
     )
-    found = held_out_loss("dark", model=dict(dropout=0.5))(dropping)
-    assert found == held_out_loss("dark", objective=dict(label_dropout=1.0))(model)
+    model = awaken(make_model(tiny_config(**only_in_training), jax.random.key(0)))
+    plain = held_out_loss("dark", objective=dict(label_dropout=0.0))
+    assert held_out_loss("dark", **only_in_training)(model) == plain(model)
 
 
 def test_a_run_measures_its_last_weights_and_their_average_every_so_often(tmp_path, monkeypatch):

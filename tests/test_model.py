@@ -113,6 +113,13 @@ def test_multiply_adds_are_those_of_the_traced_computation(design):
     assert traced_multiply_adds(jaxpr) == multiply_adds(model)
 
 
+def test_multiply_adds_count_the_label_of_augmentation():
+    model = tiny_model(augment_size=5)
+    x, t, y = inputs(model, batch=1)
+    jaxpr = jax.make_jaxpr(model)(x, t, y, augment=jnp.ones((1, 5)))
+    assert traced_multiply_adds(jaxpr) == multiply_adds(model)
+
+
 def test_multiply_adds_count_the_masks_embedding_and_its_vector_for_each_token():
     model = tiny_model(mask_classes=3)
     mask = jnp.zeros((1, 6, 6), int)
@@ -421,6 +428,27 @@ def test_with_dropout_the_residual_stream_is_float32_in_bfloat16():
     x, c = jnp.zeros((3, 4, 20)), jnp.zeros((3, 1, 20))
     assert jax.eval_shape(lambda x: block_of(model, 0)(x, c, drop), x).dtype == jnp.float32
     assert drop(x.astype(jnp.bfloat16), 0).dtype == jnp.float32
+
+
+# The label of augmentation
+
+
+@pytest.mark.parametrize("design", BLOCKS)
+def test_the_label_of_augmentation_adds_nothing_at_first_and_nothing_ever_where_it_is_zero(design):
+    bare = tiny_model(conditioning=design)
+    model = tiny_model(conditioning=design, augment_size=5)
+    assert count_parameters(model) == count_parameters(bare) + 5 * 20
+    for name, leaf in by_name(bare).items():
+        np.testing.assert_array_equal(by_name(model)[name], leaf)
+    _, t, y = inputs(model)
+    labels = jax.random.normal(jax.random.key(7), (3, 5))
+    at_first = model.condition(t, y, augment=labels)
+    np.testing.assert_array_equal(at_first, bare.condition(t, y))
+    model = awaken(model)
+    x, t, y = inputs(model)
+    without = model(x, t, y)
+    np.testing.assert_array_equal(model(x, t, y, augment=jnp.zeros((3, 5))), without)
+    assert jnp.abs(model(x, t, y, augment=labels) - without).max() > 1e-3
 
 
 # Masks

@@ -136,10 +136,10 @@ def test_devices_shards_parts_and_remat_do_not_change_a_run(
     assert_same_run(one_device, other)
 
 
-def test_what_is_random_in_the_network_is_the_same_on_any_devices_in_parts_and_repeated():
-    model = MODEL | dict(dropout=0.3)
-    one = run_steps(tiny_config(model=model, optim=OPTIM), devices=1)
-    shared = dict(mesh=dict(fsdp=2), optim=OPTIM | dict(accumulate=2))
+def test_dropout_and_augmentation_are_the_same_on_any_devices_in_parts_and_repeated():
+    model, data = MODEL | dict(dropout=0.3), dict(augment=0.5)
+    one = run_steps(tiny_config(model=model, data=data, optim=OPTIM), devices=1)
+    shared = dict(mesh=dict(fsdp=2), data=data, optim=OPTIM | dict(accumulate=2))
     assert_same_run(one, run_steps(tiny_config(model=model | dict(remat="full"), **shared), 8))
 
 
