@@ -8,6 +8,7 @@ function of (--seed, i), whatever the batch size and the number of devices.
 import contextlib
 import dataclasses
 import difflib
+import operator
 import os
 import re
 import shutil
@@ -37,7 +38,7 @@ from dit.config import (
     check_value,
     require,
 )
-from dit.files import claim_folder
+from dit.files import claim_folder, naming
 from dit.hosts import (
     command_refused_together,
     connect_hosts,
@@ -61,6 +62,7 @@ class Sample:
     eta: Probability = 0.0  # noise of DDIM, from 0 to DDPM's at 1
     cfg_channels: PositiveInt | None = None  # guide only the first channels; the paper's DiT has 3
     guidance_interval: tuple[float, float] | None = None  # guide only at times LOW <= t < HIGH
+    guide_with: str | None = None  # guide away from a worse model: a folder, or a step of the run
     mask: str | None = None  # picture of the layout's labels, for a model with masks
     resize_mask: bool = False  # resize a mask of another size
     style: str | None = None  # picture whose channel statistics the samples take (AdaIN)
@@ -86,6 +88,7 @@ def run(options: Sample) -> Path:
         class_names = tuple(checkpoint.stored_dataset(workdir, step)["class_names"])
         options = complete(options, config)
         check(options, config)
+        guide_folder, guide_step, guide_damaged = find_guide(options, config)
         numbers = [class_number(word, class_names) for word in options.classes]
 
     # what follows needs jax, which takes a second to import
@@ -97,7 +100,7 @@ def run(options: Sample) -> Path:
     from dit.log import say
     from dit.sharding import local_mesh, replicated
 
-    for line in damaged:
+    for line in damaged + guide_damaged:
         say(line)
     mesh = local_mesh()  # each host draws on its own
     with refused_together(options.distributed):
@@ -114,6 +117,9 @@ def run(options: Sample) -> Path:
 
     ema = options.ema if options.ema_decay is None else options.ema_decay
     model, config = checkpoint.load(workdir, ema, replicated(mesh), options.dtype, step)
+    guide = None
+    if guide_folder:
+        guide, _ = checkpoint.load(guide_folder, True, replicated(mesh), options.dtype, guide_step)
     draw = generate.make_draw(
         config,
         mesh,
@@ -128,10 +134,11 @@ def run(options: Sample) -> Path:
         seed=options.seed,
         style=style,
         style_strength=options.style_strength,
+        guide=guide,
     )
     if out.suffix == ".npz":
-        distributed = options.distributed
-        with claimed_parts(options, step, classes) as parts, ended_together(distributed):
+        steps, distributed = (step, guide_step), options.distributed
+        with claimed_parts(options, steps, classes) as parts, ended_together(distributed):
             generate.draw_npz(draw, model, vae, labels, options.batch_size, out, parts)
     elif jax.process_index() == 0:
         images = generate.draw_all(draw, model, vae, len(labels), options.batch_size)
@@ -191,6 +198,37 @@ def check(options: Sample, config: Config) -> None:
     else:
         unused = options.vae is None
         require(unused, "--vae", options.vae, "left out: the model makes pixels, not latents")
+
+
+# What a guide has to have in common with the model that it guides
+SHARED = ["input_shape", "data.num_classes", "data.mask_classes", "data.latent_scale"]
+SHARED += ["objective.name", "objective.num_steps", "objective.schedule", "objective.prediction"]
+SHARED += ["objective.learns_variance"]
+
+
+def find_guide(options: Sample, config: Config) -> tuple[Path | None, int | None, list[str]]:
+    """The folder and the step of --guide-with, if given, and a line on each damaged checkpoint.
+
+    Raises InputError for a model that does not see or predict what the config's does.
+    """
+    option, name = "--guide-with", options.guide_with
+    if name is None:
+        return None, None, []
+    require(options.guidance != 1, option, name, "given with a --guidance other than 1")
+    if re.fullmatch("[0-9]+", name):
+        folder, step, damaged = Path(options.workdir), int(name), []
+        problem = checkpoint.damage(checkpoint.step_folder(folder, step))
+        steps = ", ".join(map(str, checkpoint.steps(folder)))
+        require(problem is None, option, step, f"one of {steps}, and intact ({problem})")
+    else:
+        folder = Path(name)
+        with naming(Path(option)):
+            step, damaged = checkpoint.newest_intact(folder)
+    guides = checkpoint.stored_config(folder, step)
+    for field in SHARED:
+        ours, theirs = operator.attrgetter(field)(config), operator.attrgetter(field)(guides)
+        require(ours == theirs, f"{option}: {field}", theirs, f"the guided model's {ours!r}")
+    return folder, step, damaged
 
 
 def class_number(word: str, class_names: tuple[str, ...]) -> int:
@@ -268,7 +306,9 @@ def read_style(options: Sample, config: Config, vae: Any) -> Any:
 
 
 @contextlib.contextmanager
-def claimed_parts(options: Sample, step: int, classes: np.ndarray) -> Iterator[Path]:
+def claimed_parts(
+    options: Sample, steps: tuple[int, int | None], classes: np.ndarray
+) -> Iterator[Path]:
     """A folder for the parts of --out, which only the same request resumes; removed at the end."""
     import jax
 
@@ -276,7 +316,8 @@ def claimed_parts(options: Sample, step: int, classes: np.ndarray) -> Iterator[P
     pictures = [options.mask, options.style]
     request = dataclasses.asdict(options) | {
         "out": out.name,
-        "checkpoint": step,
+        "checkpoint": steps[0],
+        "guide's checkpoint": steps[1],
         "classes": classes.tolist(),
         "pictures": [zlib.crc32(Path(path).read_bytes()) for path in pictures if path],
     }

@@ -97,10 +97,11 @@ def make_sampler(
     guidance_interval: tuple[float, float] | None,
     style_strength: float,
 ) -> Callable:
-    """The function (model, vae, condition, indices, seed, scale, style) -> uint8 `[B, H, W, C]`.
+    """The function (model, vae, condition, indices, seed, scale, style, guide) -> uint8
+    `[B, H, W, C]`.
 
     One compilation serves every condition, seed and scale of guidance; None, for no guidance, has
-    its own, and so has no style.
+    its own, and so have no style and no guide.
     """
     process = make_objective(config)
     samplers = {
@@ -123,6 +124,7 @@ def make_sampler(
         seed: jax.Array,
         scale: jax.Array | None,
         style: jax.Array | None,
+        guide: DiT | None,
     ) -> jax.Array:
         def correct(x0: jax.Array) -> jax.Array:
             if style is not None:
@@ -130,7 +132,8 @@ def make_sampler(
             return x0 if config.data.latents else sampling.clip_pixels(x0)
 
         null = null_condition(condition, config.data)
-        denoise = sampling.guided(model, condition, null, scale, cfg_channels, guidance_interval)
+        fixed = (cfg_channels, guidance_interval)
+        denoise = sampling.guided(model, condition, null, scale, *fixed, guide)
         keys = sampling.sample_keys(seed, indices)
         x = run(process, denoise, keys, config.input_shape, steps, correct=correct)
         return to_uint8(x) if vae is None else decode(vae, x, config, mesh.devices.size)
@@ -153,6 +156,7 @@ def make_draw(
     seed: int = 0,
     style: jax.Array | None = None,
     style_strength: float = 1.0,
+    guide: DiT | None = None,
 ) -> Draw:
     """The function (model, vae, first) -> uint8 `[n, H, W, C]`, sampled on all devices of the mesh.
 
@@ -160,7 +164,7 @@ def make_draw(
     `batch_size`, or fewer at the end. Sample i is a function of (seed, i), whatever the batch and
     the number of devices. vae is None for pixels. style: pixels or latents `[1, h, w, C]`, whose
     channel means and deviations each prediction of x_0 takes. guidance_interval is in the
-    objective's own time.
+    objective's own time. guide: a worse model to guide away from, in place of the null condition.
     """
     num_samples = len(condition["y"])
     batch_size = min(batch_size, num_samples)
@@ -174,7 +178,7 @@ def make_draw(
         rows = {name: value[first:stop] for name, value in condition.items()}
         inputs = place_rows((rows, np.arange(first, stop)), batch_size, mesh)
         with jax.set_mesh(mesh):  # so that sharded weights are gathered, as in training
-            images = sample(model, vae, *inputs, np.uint32(seed), scale, style)
+            images = sample(model, vae, *inputs, np.uint32(seed), scale, style, guide)
         return np.asarray(images)[: stop - first]
 
     return draw
