@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import awaken, tiny_config
+from conftest import TINY, awaken, run_train, tiny_config
 from jax.tree_util import Partial
 from matplotlib.axes import Axes
 
@@ -55,6 +55,13 @@ def test_images_are_spread_over_the_split_and_fill_their_batches(monkeypatch):
     held_out_loss("train", train=dict(batch_size=600))
     assert len(seen) == 1200, "as many as fill two batches"
     assert np.diff(sorted(seen)).max() == 2, "evenly spaced over the 1,797"
+
+
+def test_a_split_that_is_not_there_is_refused(refused, tmp_path):
+    flags = ["--workdir", tmp_path / "run", "--eval.split", "nowhere"]
+    line = refused(run_train, *TINY, *flags)
+    assert line.startswith("train.py: eval.split: data.split: 'nowhere' should be train")
+    assert not (tmp_path / "run").exists()
 
 
 def test_it_is_fixed_and_the_same_on_any_devices(splits):
