@@ -91,14 +91,14 @@ def test_a_run_measures_its_last_weights_and_their_average_every_so_often(tmp_pa
     monkeypatch.setattr(train, "make_held_out_loss", make_held_out_loss)
     steps = dict(steps=5, checkpoint_every=1, keep_last=9, workdir=str(tmp_path))
     measured = dict(split="test", loss_every=2)
-    train.train(tiny_config(train=steps, eval=measured, optim=dict(ema_decay=(0.99, 0.5))))
+    train.train(tiny_config(train=steps, eval=measured, optim=dict(ema_decay=(0.99, 0.05))))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in lines if "held_out_loss" in row]
     assert [row["step"] for row in rows] == [2, 4, 5]
     of_model = make_held_out_loss(None, None)
     for row in rows:
         losses = []
-        for name, ema in [("", False), ("_ema", True), ("_ema_0.5", 0.5)]:
+        for name, ema in [("", False), ("_ema", True), ("_ema_0.05", 0.05)]:
             model, _ = checkpoint.load(tmp_path, ema, step=row["step"])
             losses.append(of_model(model))
             assert row[f"held_out_loss{name}"] == pytest.approx(losses[-1], rel=1e-5)
