@@ -394,7 +394,13 @@ def read_metrics(path: Path) -> Iterator[tuple[str, Metrics]]:
 # loss.png
 
 PANELS = [
-    {"loss": "loss", "mse": "squared error of the noise", "vb": "variational term (bits)"},
+    {
+        "loss": "loss",
+        "mse": "squared error of the noise",
+        "vb": "variational term (bits)",
+        "held_out_loss": "loss of held-out images",
+        "held_out_loss_ema": "loss of held-out images, averaged weights",
+    },
     {
         "loss_quarter_1": "loss, t in its first quarter, next to the image",
         "loss_quarter_2": "second quarter",
@@ -427,16 +433,16 @@ def known_band(config: Config) -> np.ndarray | None:
 
 
 def plot_loss(workdir: Path, band: np.ndarray | None = None) -> None:
-    """`loss.png` from `metrics.jsonl`: the loss, its parts and its quarters against the step."""
+    """`loss.png` from `metrics.jsonl`: the losses against the step, all and by quarter of t."""
     from matplotlib.figure import Figure
 
-    rows = [row for _, row in read_metrics(workdir / "metrics.jsonl") if "loss" in row]
+    rows = [row for _, row in read_metrics(workdir / "metrics.jsonl")]
     figure = Figure(figsize=(12, 4), layout="constrained")
     panels = figure.subplots(1, len(PANELS))
     for axes, labels in zip(panels, PANELS, strict=True):
         for name, label in labels.items():
             points = [(row["step"], row[name]) for row in rows if name in row]
-            if points:  # only DDPM's loss has parts
+            if points:  # not every run has all of them
                 axes.plot(*zip(*points, strict=True), label=label, linewidth=1)
         axes.set(xlabel="step", ylabel="loss", yscale="log")
         axes.grid(alpha=0.3)

@@ -96,6 +96,7 @@ def test_every_field_that_a_step_depends_on_is_compared(section):
     [
         dict(optim=dict(beta1=0.5)),
         dict(optim=dict(warmup_steps=5)),
+        dict(optim=dict(ema_decay=(0.9, 0.5))),
         dict(train=dict(seed=1)),
         dict(train=dict(init_from="elsewhere")),
         dict(data=dict(flip=False)),

@@ -404,6 +404,23 @@ def test_the_guidance_interval_holds_from_low_to_below_high():
     assert jnp.abs(guided(x, T) - model(x, T, **condition)).max() > 1e-2
 
 
+@pytest.mark.parametrize("channels", [None, 1])
+def test_autoguidance_leads_from_the_guide_through_the_model_under_the_same_condition(channels):
+    model, x, condition, null = network()
+    guide = awaken(tiny_model(num_classes=7, depth=1, hidden_size=12, num_heads=3), seed=5)
+    ours, theirs = model(x, T, **condition), guide(x, T, **condition)
+    denoise = sampling.guided(model, condition, null, 3.0, channels, guide=guide)
+    guided = slice(0, channels or 2)
+    expected = ours.at[..., guided].set((theirs + 3.0 * (ours - theirs))[..., guided])
+    np.testing.assert_allclose(denoise(x, T), expected, rtol=1e-4, atol=1e-4)
+    assert jnp.abs(expected - ours).max() > 0.1
+    itself = sampling.guided(model, condition, null, 3.0, guide=model)
+    np.testing.assert_allclose(itself(x, T), ours, rtol=1e-5, atol=1e-5)
+    within = sampling.guided(model, condition, null, 3.0, channels, (49, 99), guide)
+    np.testing.assert_allclose(within(x, T), denoise(x, T), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(within(x, T + 50), model(x, T + 50, **condition), atol=1e-5)
+
+
 def rows_of_each_forward(sampler: Callable, process: DDPM | Flow, **guidance) -> list[int]:
     """How many images the network is given at each call of the compiled sampler."""
     seen = []
