@@ -15,6 +15,7 @@ evaluation's sampler and steps unless others are asked for.
 """
 
 import dataclasses
+import os
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ FID_SEEDS = 3
 @dataclass(frozen=True)
 class Options(sample.Sample):
     per_class: PositiveInt = 100  # images of each class
-    out: LocalPath = "neighbours.png"  # picture of samples and the training images nearest to them
+    out: LocalPath = "neighbours.png"  # a picture; without a folder, in WORKDIR_OR_WEIGHTS
     inception: AnyPath | None = None  # pytorch-fid's weights, for FID by the published protocol
 
 
@@ -167,8 +168,9 @@ def check(options: Options, config: Config) -> None:
 
 def main() -> None:
     options = cli.parse(Options, sys.argv[1:], "benchmarks/cifar10.py", __doc__)
-    workdir = Path(options.workdir)
-    step, _ = checkpoint.newest_intact(workdir)
+    workdir, step, _ = checkpoint.find(Path(options.workdir), options.step)
+    if os.path.dirname(options.out) == "":
+        options = dataclasses.replace(options, out=str(workdir / options.out))
     config = checkpoint.stored_config(workdir, step)
     check(options, config)
     accuracy = real_images().accuracy

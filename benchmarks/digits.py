@@ -90,8 +90,7 @@ def figures_of_real_digits(count: int, split: str = "train") -> Figures:
 def main() -> None:
     argv = [*sys.argv[1:], "--per-class", "100"]
     options = cli.parse(sample.Sample, argv, "benchmarks/digits.py", __doc__)
-    workdir = Path(options.workdir)
-    step, _ = checkpoint.newest_intact(workdir)
+    workdir, step, _ = checkpoint.find(Path(options.workdir), options.step)
     data = checkpoint.stored_config(workdir, step).data
     require(data.name == "digits", "workdir", options.workdir, "a run on the digits")
     judges = len(real_digits(data.split).rows)

@@ -262,7 +262,7 @@ def test_cifar10_prints_figures_and_draws_neighbours(tmp_path, capsys, cifar, mo
     training = {image.tobytes() for image in cifar.images}
     assert {image.tobytes() for row in rows for image in row[1:]} <= training
     ratios = [float(name) for name in seen["names"]]
-    assert ratios == sorted(ratios) and seen["path"] == "x.png"
+    assert ratios == sorted(ratios) and seen["path"] == str(folder / "x.png")
 
 
 def test_fid_is_of_50000_samples_by_the_protocol_with_three_seeds(tmp_path, capsys, monkeypatch):
