@@ -302,7 +302,7 @@ def test_fid_is_of_50000_samples_by_the_protocol_with_three_seeds(tmp_path, caps
         (
             dict(name="cifar10", image_size=32),
             ["--out", "x.npz"],
-            "--out: 'x.npz' should be a .png",
+            "x.npz' should be a .png file",
         ),
         (
             dict(name="cifar10", image_size=32),
