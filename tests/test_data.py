@@ -61,7 +61,7 @@ def test_slices_of_digits_are_shuffled_and_add_up_to_all_of_them():
         joined = np.concatenate([getattr(part, name) for part in parts])
         np.testing.assert_array_equal(joined, getattr(whole, name)[rows])
     assert np.bincount(parts[2].labels).min() > 0, "all classes"
-    assert np.abs(np.diff(np.sort(rows[:898]))).max() < 20, "from all over the whole"
+    assert 700 < np.median(rows[:898]) < 1100, "from all over the whole"
     joined = data.open_dataset(Data(split="train[:50%]+train[1700:]")).records
     np.testing.assert_array_equal(joined.labels, np.concatenate([parts[0].labels, parts[2].labels]))
 

@@ -98,6 +98,8 @@ def test_a_run_on_half_the_digits_is_judged_by_the_others(halves):
     assert digits.judge(seen, (labels + 1) % 10, HALF)["accuracy"] < 0.02
     a, b = (gaussian_of(digits.pixel_rows(images)) for images in (seen, unseen))
     assert scores["frechet_distance"] == pytest.approx(frechet_distance(a, b), rel=0.02)
+    real = digits.figures_of_real_digits(1000, HALF)
+    assert real["frechet_distance"] == pytest.approx(scores["frechet_distance"], rel=0.02)
 
 
 def test_the_frechet_distance_of_real_digits_falls_with_their_number():
