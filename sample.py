@@ -6,9 +6,13 @@ where it was killed. Sample i is a function of (--seed, i), whatever the batch s
 of devices.
 """
 
+from dit.signals import StopRequest
+
+if __name__ == "__main__":
+    StopRequest().end_at_once("sample.py")
+
 import contextlib
 import dataclasses
-import difflib
 import os
 import re
 import shutil
@@ -38,6 +42,7 @@ from dit.config import (
     check_sampler,
     check_steps,
     check_value,
+    nearest,
     require,
 )
 from dit.files import claim_folder
@@ -55,16 +60,16 @@ Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR_OR_
 
 @dataclass(frozen=True)
 class Sample:
-    workdir: Source  # such as runs/digits, or one checkpoint: runs/digits/checkpoints/3000
-    step: NonNegativeInt | None = None  # of the checkpoint; None is the newest
-    classes: tuple[str, ...] = ()  # by number or name; without any all, or ten in a grid
-    interpolate: tuple[str, str] | None = None  # a row from one class to another, of one noise
+    workdir: Source  # a run's folder or weights, or one checkpoint: runs/digits/checkpoints/3000
+    step: NonNegativeInt | None = None  # step of the checkpoint; None is the newest
+    classes: tuple[str, ...] = ()  # classes by number or name; if none, all, or ten in a grid
+    interpolate: tuple[str, str] | None = None  # row from one class to another, in one noise
     per_class: PositiveInt | None = None  # images of a class or a row; None is 8, 1 in a strip
     frames: AtLeastTwo | None = None  # states from noise to image; in a .png a strip of them
     num_samples: Count | None = None  # images of random classes instead; for .npz
-    labels: Labels = "random"  # of --num-samples; balanced has equally many of each class
+    labels: Labels = "random"  # classes of --num-samples; balanced: equally many of each
     guidance: float = 1.0  # scale of classifier-free guidance; 1 is none, 4 makes typical pictures
-    sampler: Sampler | None = None  # ddpm or ddim, heun or euler for flow; None is the run's
+    sampler: Sampler | None = None  # sampler: ddpm or ddim, for flow heun or euler; None: the run's
     steps: PositiveInt | None = None  # denoising steps; None is the run's train.sample_steps
     eta: Probability = 0.0  # noise of DDIM, from 0 to DDPM's at 1
     cfg_channels: PositiveInt | None = None  # guide only the first channels; the paper's DiT has 3
@@ -72,14 +77,14 @@ class Sample:
     mask: str | None = None  # picture of the layout's labels, for a model with masks
     resize_mask: bool = False  # resize a mask of another size
     style: str | None = None  # picture whose channel statistics the samples take (AdaIN)
-    style_strength: Probability = 1.0  # how far they take them; 0 is not at all
+    style_strength: Probability = 1.0  # how far the samples take them; 0 is not at all
     vae: str | None = None  # folder of the VAE that decodes latents; None is the run's data.vae
-    seed: Seed = 0  # of all noise
+    seed: Seed = 0  # seed of all noise
     batch_size: PositiveInt = 256  # images at a time, over all devices of a host
-    dtype: Literal["float32", "bfloat16"] | None = None  # of the products; None is the run's
+    dtype: Literal["float32", "bfloat16"] | None = None  # type of the products; None is the run's
     ema: bool = True  # take the averaged weights rather than the last
-    distributed: bool = False  # several hosts, which share the folder of --out
-    out: LocalPath = "samples.png"  # .png, .gif or .npz; without a folder, in WORKDIR_OR_WEIGHTS
+    distributed: bool = False  # join other hosts, which share the folder of --out
+    out: LocalPath = "samples.png"  # a .png, .gif or .npz; without a folder, in WORKDIR_OR_WEIGHTS
 
 
 def run(options: Sample) -> Path:
@@ -234,11 +239,9 @@ def class_number(option: str, word: str, class_names: tuple[str, ...]) -> int:
         require(0 <= number < count, option, number, expected)
         return number
     if matches is None:
-        near = difflib.get_close_matches(word.casefold(), numbers, n=1, cutoff=0)[0]
-        raise InputError(
-            f"{option}: {word!r} should be a number from 0 to {count - 1} or the name of a class; "
-            f"the nearest is {near!r}"
-        )
+        hint = nearest(word, numbers)
+        expected = f"a number from 0 to {count - 1} or the name of a class{hint}"
+        raise InputError(f"{option}: {word!r} should be {expected}")
     choices = ", ".join(f"{k} ({class_names[k]})" for k in matches)
     require(len(matches) == 1, option, word, f"one of the numbers {choices}")
     return matches[0]

@@ -46,7 +46,7 @@ Steps = Annotated[int, Range(lambda value: value > WARMUP_STEPS, f"more than {WA
 
 @dataclass(frozen=True)
 class Options:
-    steps: Steps = 1500  # for each of the four, 50 of them to warm up
+    steps: Steps = 1500  # training steps of each of the four, 50 of them to warm up
 
 
 def copy_of(module: nnx.Module) -> nnx.Module:

@@ -47,10 +47,10 @@ Steps = Annotated[int, Range(lambda value: value >= POINTS, f"at least {POINTS}"
 
 @dataclass(frozen=True)
 class Options:
-    steps: Steps = 1000  # of each run
+    steps: Steps = 1000  # training steps of each run
     seeds: PositiveInt = 3  # runs of each design
-    preset: str = "digits"  # of pixels, without masks
-    samples: AtLeastTwo = 1000  # drawn; more than an image has values, for their covariance
+    preset: str = "digits"  # preset of pixels, without masks
+    samples: AtLeastTwo = 1000  # samples drawn; more than an image has values, for their covariance
 
 
 class XavierBlock(AdaLNZeroBlock):

@@ -28,7 +28,7 @@ SAMPLES = 1000
 
 @dataclass(frozen=True)
 class Options:
-    steps: PositiveInt = 1500  # of each run
+    steps: PositiveInt = 1500  # training steps of each run
 
 
 class PooledMaskEmbedding(MaskEmbedding):

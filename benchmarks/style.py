@@ -29,8 +29,8 @@ Workdir = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR")]
 
 @dataclass(frozen=True)
 class Options:
-    workdir: Workdir  # of a CIFAR-10 run
-    samples: PositiveInt = 500  # with each style
+    workdir: Workdir  # folder of a CIFAR-10 run
+    samples: PositiveInt = 500  # samples with each style
 
 
 def statistics(images: np.ndarray) -> np.ndarray:

@@ -5,11 +5,12 @@ text in `--help`. `Config.validate` checks every field, then the relations betwe
 """
 
 import dataclasses
+import difflib
 import importlib.util
 import json
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -73,6 +74,12 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def nearest(word: str, names: Iterable[str]) -> str:
+    """What an error adds where one of the names was probably meant: "; the nearest is 'digits'"."""
+    near = difflib.get_close_matches(word.casefold(), names, n=1, cutoff=0.7)
+    return f"; the nearest is {near[0]!r}" if near else ""
+
+
 # Types with a range
 
 
@@ -108,6 +115,7 @@ Remat = Literal["none", "dots", "full"]
 Variance = Literal["learned_range", "fixed_small", "fixed_large"]
 Sampler = Literal["ddpm", "ddim", "euler", "heun"]
 Labels = Literal["random", "balanced"]
+Course = Literal["constant", "cosine"]
 
 # What one objective has and the other has not: samplers, the first its default, and fields
 SAMPLERS = {"ddpm": ("ddim", "ddpm"), "flow": ("heun", "euler")}
@@ -122,11 +130,11 @@ OWN_FIELDS = {
 class Model:
     hidden_size: PositiveInt = 384  # width D of a token, in channels
     depth: PositiveInt = 12  # number of blocks
-    num_heads: PositiveInt = 6  # attention heads; divides hidden_size
+    num_heads: PositiveInt = 6  # attention heads; their number divides hidden_size
     patch_size: PositiveInt = 2  # side of a patch, in pixels (in latent pixels where data.latents)
     mlp_ratio: PositiveFloat = 4.0  # width of the MLP, as a multiple of hidden_size
     conditioning: str = "adaln_zero"  # block: adaln_zero, adaln, cross_attention, in_context
-    remat: Remat = "none"  # of a block the backward pass computes again: all but its dots, or all
+    remat: Remat = "none"  # what of a block is computed twice: nothing, all but its dots, all of it
 
 
 @dataclass(frozen=True)
@@ -134,14 +142,14 @@ class Objective:
     name: Literal["ddpm", "flow"] = "ddpm"  # denoising diffusion, or flow matching
     num_steps: AtLeastTwo = 1000  # ddpm: timesteps T of the diffusion
     schedule: Literal["linear", "cosine"] = "linear"  # ddpm: noise schedule
-    variance: Variance = "learned_range"  # ddpm: of the reverse process
+    variance: Variance = "learned_range"  # ddpm: variance of the reverse process
     min_snr_gamma: PositiveFloat | None = None  # ddpm: weighs the error by min(SNR, gamma) / SNR
     prediction: Literal["v", "x0"] = "v"  # flow: what the network predicts; the loss is v's
     times: Literal["logit_normal", "uniform"] = "logit_normal"  # flow: how times are drawn
-    time_mean: float = 0.0  # flow: of logit(t), where logit-normal; more is more noise
-    time_std: PositiveFloat = 1.0  # flow: deviation of logit(t), where logit-normal
-    label_dropout: Probability = 0.1  # of the null class in place of the label, for guidance
-    mask_dropout: Probability = 0.2  # of no mask where the model has one; includes label_dropout
+    time_mean: float = 0.0  # flow: mean of logit-normal times' logit; more is more noise
+    time_std: PositiveFloat = 1.0  # flow: deviation of logit-normal times' logit
+    label_dropout: Probability = 0.1  # probability that the label is left out, for guidance
+    mask_dropout: Probability = 0.2  # probability that the mask is left out; includes label_dropout
 
     @property
     def learns_variance(self) -> bool:
@@ -152,12 +160,12 @@ class Objective:
 @dataclass(frozen=True)
 class Data:
     name: str = "digits"  # `digits`, a TFDS image set with a label, or a folder of class folders
-    split: str = "train"  # such as `train`, `train[:90%]` or, of a folder with val/ in it, `val`
-    image_size: PositiveInt = 8  # side, in pixels; other sizes are centre-cropped and resized
-    channels: Literal[1, 3] = 1  # colours of an image
-    num_classes: PositiveInt | None = None  # None is the data set's; label num_classes is null
+    split: str = "train"  # split, such as `train`, `train[:90%]`, or `val` where a folder has it
+    image_size: PositiveInt = 8  # side of an image, in pixels; others are cropped and resized
+    channels: Literal[1, 3] = 1  # colour channels of an image
+    num_classes: PositiveInt | None = None  # classes; None: as the data; label num_classes is null
     latents: AnyPath | None = None  # folder of VAE latents by dit.imagenet.latents; None is pixels
-    latent_scale: PositiveFloat = 0.18215  # makes the latents' standard deviation about 1
+    latent_scale: PositiveFloat = 0.18215  # factor that makes the latents' deviation about 1
     vae: AnyPath | None = None  # folder of the VAE that decodes latents, for sample grids
     flip: bool = False  # mirror each image with probability 1/2
     mask_classes: Byte = 0  # classes of a layout mask that conditions the model; 0 has no mask
@@ -167,57 +175,58 @@ class Data:
 class Optim:
     learning_rate: NonNegativeFloat = 1e-4  # peak learning rate of AdamW
     warmup_steps: NonNegativeInt = 0  # steps of linear warm-up from 0
-    schedule: Literal["constant", "cosine"] = "constant"  # cosine falls to 0 at train.steps
+    schedule: Course = "constant"  # learning rate after warm-up; cosine falls to 0 at train.steps
     beta1: Decay = 0.9  # decay of Adam's first moment
     beta2: Decay = 0.999  # decay of Adam's second moment
     weight_decay: NonNegativeFloat = 0.0  # decoupled weight decay
-    grad_clip: PositiveFloat | None = None  # largest global norm of the gradient
+    grad_clip: PositiveFloat | None = None  # largest global norm of the gradient; None is any
     accumulate: PositiveInt = 1  # equal parts of a batch, computed one after the other
-    ema_decay: Decay = 0.9999  # of the averaged weights; early on min(decay, (1 + n) / (10 + n))
+    ema_decay: Decay = 0.9999  # decay of the averaged weights; at step n at most (1 + n) / (10 + n)
 
 
 @dataclass(frozen=True)
 class Mesh:
     data: int = -1  # devices that share the batch; -1 is all that fsdp leaves
     fsdp: PositiveInt = 1  # devices that share the batch and the parameters
-    distributed: bool = False  # several hosts: call jax.distributed.initialize() first
+    distributed: bool = False  # join other hosts first, by jax.distributed.initialize()
 
 
 @dataclass(frozen=True)
 class Train:
-    steps: PositiveInt = 400_000  # optimizer steps
+    steps: PositiveInt = 400_000  # optimizer steps of the run
     batch_size: PositiveInt = 256  # images a step, over all devices and hosts
-    seed: Seed = 0  # of everything random
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the products; parameters are float32
+    seed: Seed = 0  # seed of everything random
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # type of products; the rest is float32
     log_every: PositiveInt = 100  # steps between two lines of metrics.jsonl
     sample_every: NonNegativeInt = 10_000  # steps between two sample grids; 0 draws none
-    checkpoint_every: NonNegativeInt = 10_000  # steps between two; the last and each grid get one
-    keep_last: PositiveInt = 3  # newest checkpoints kept
+    checkpoint_every: NonNegativeInt = 10_000  # steps between saves; the last and grids save too
+    keep_last: PositiveInt = 3  # number of newest checkpoints that are kept
     keep_every: NonNegativeInt = 100_000  # checkpoints at multiples of this are kept for good
-    sampler: Sampler | None = None  # of the sample grids; None is ddim, or heun for flow
+    sampler: Sampler | None = None  # sampler of the grids; None is ddim, or heun for flow
     sample_steps: PositiveInt = 50  # denoising steps of the grids; with heun two forwards each
     guidance: float = 2.0  # guidance scale of the sample grids; 1 is none
+    profile_steps: NonNegativeInt = 0  # steps that JAX's profiler traces, after the first; 0: none
     wandb: bool = False  # log to Weights & Biases too (needs the `wandb` extra)
     init_from: AnyPath | None = None  # a run or weights; what fits of them a new run begins with
-    workdir: Workdir = None  # where the run is kept; None is runs/NAME
+    workdir: Workdir = None  # folder of the run; None is runs/NAME
 
 
 @dataclass(frozen=True)
 class Eval:
     every: NonNegativeInt = 0  # steps between two measurements of FID and its kin; 0 makes none
-    inception: AnyPath | None = None  # the Inception weights that pytorch-fid publishes
-    reference: AnyPath | None = None  # statistics (.npz) or a data set; None is the one trained on
+    inception: AnyPath | None = None  # file of the Inception weights that pytorch-fid publishes
+    reference: AnyPath | None = None  # real images: statistics (.npz) or a data set; None: its own
     num_samples: AtLeastTwo = 10_000  # samples drawn; FID falls with their number, 50,000 are usual
     labels: Labels = "random"  # classes of the samples: drawn at random, or equally many of each
-    sampler: Sampler | None = None  # None is the paper's ddpm, or heun for flow
-    steps: PositiveInt | None = None  # None is as many as give the paper's 250 forwards
+    sampler: Sampler | None = None  # sampler; None is the paper's ddpm, or heun for flow
+    steps: PositiveInt | None = None  # denoising steps; None gives the paper's 250 forwards
     guidance: float = 1.0  # guidance scale; 1 is none
     batch_size: PositiveInt = 256  # samples at a time, over all devices
 
 
 @dataclass(frozen=True)
 class Config:
-    name: str = "dit"  # of the run
+    name: str = "dit"  # name of the run, and of its folder in runs/
     model: Model = field(default_factory=Model)
     objective: Objective = field(default_factory=Objective)
     data: Data = field(default_factory=Data)

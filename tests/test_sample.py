@@ -234,9 +234,14 @@ def test_classes_go_by_number_name_or_synonym():
 
 def test_a_name_that_is_a_number_goes_before_the_number():
     names = ("1", "10", "2")  # of folders, in their order
-    assert [sample.class_number(word, names) for word in ("1", "2", "10", "0")] == [0, 2, 1, 0]
+    assert [sample.class_number("--classes", word, names) for word in ("1", "2", "10", "0")] == [
+        0,
+        2,
+        1,
+        0,
+    ]
     with pytest.raises(InputError, match="--classes: 3 should be from 0 to 2"):
-        sample.class_number("3", names)
+        sample.class_number("--classes", "3", names)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +251,7 @@ def test_a_name_that_is_a_number_goes_before_the_number():
         (["--classes", "-1"], "--classes: -1 should be from 0 to 9"),
         (
             ["--classes", "cat"],
-            "--classes: 'cat' should be a number from 0 to 9 or the name of a class; the nearest",
+            "--classes: 'cat' should be a number from 0 to 9 or the name of a class",
         ),
         (["--classes", "²"], "--classes: '²' should be a number from 0 to 9 or the name of a"),
         (

@@ -7,6 +7,11 @@ sample.py takes. With --to, SOURCE is such a folder or a run's, and OUT a .pt or
 says, such as the number of heads and the noise schedule, travels in the metadata of what we write.
 """
 
+from dit.signals import StopRequest
+
+if __name__ == "__main__":
+    StopRequest().end_at_once("dit.imagenet.convert")
+
 import dataclasses
 import json
 import sys
@@ -39,7 +44,7 @@ class Convert:
     source: Source  # published weights; with --to, ours
     out: Out  # what to write; it should not exist yet
     to: Literal["official", "diffusers"] | None = None  # the layout to write ours in
-    num_heads: PositiveInt | None = None  # of an official DiT of unusual width; no shape says them
+    num_heads: PositiveInt | None = None  # heads of an official DiT of unusual width; no shape says
 
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported
