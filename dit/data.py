@@ -112,14 +112,37 @@ def open_digits(config: Data) -> Dataset:
     require(shape == (8, 1), "data.image_size and data.channels", shape, expected)
     masks = config.mask_classes
     require(masks in (0, 2), "data.mask_classes", masks, "2 for 'digits': paper and ink")
-    require(config.split == "train", "data.split", config.split, "train: 'digits' has no other")
 
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
+    rows = split_rows(config.split, len(labels))
+    images, labels = images[rows], labels[rows]
     images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
     ink = ink_masks(images) if masks else None
     return Dataset(InMemory(images, labels.astype(np.int32), ink), class_names)
+
+
+def split_rows(split: str, count: int) -> np.ndarray:
+    """The rows of `train`, in their order, or of slices of it as TFDS writes them: `train[:50%]`.
+
+    Slices are of one fixed shuffled order of the `count` rows. Raises InputError.
+    """
+    if split == "train":
+        return np.arange(count)
+
+    import tensorflow_datasets as tfds
+
+    order = np.random.RandomState(0).permutation(count)  # whose numbers are the same in any NumPy
+    whole = tfds.core.SplitInfo("train", shard_lengths=[count], num_bytes=0)
+    try:
+        slices = tfds.core.ReadInstruction.from_spec(split).to_absolute({"train": whole})
+        rows = np.concatenate([order[part.from_ : part.to] for part in slices])
+    except (ValueError, NotImplementedError):
+        rows = order[:0]
+    expected = "train, or a slice of it that is not empty, such as train[:50%]"
+    require(len(rows), "data.split", split, expected)
+    return rows
 
 
 def ink_masks(images: np.ndarray) -> np.ndarray:
@@ -173,7 +196,7 @@ def tfds_config(name: str, split: str, image_size: int, channels: int = 3) -> Da
     `channels` is for a folder, whose pictures are taken in either.
     """
     if name == "digits":
-        return Data()
+        return Data(split=split)
     if is_folder(name):
         return Data(name=name, split=split, image_size=image_size, channels=channels)
     builder = tfds_builder(name)

@@ -30,6 +30,7 @@ from dit.flow import Flow
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 Correction = Callable[[jax.Array], jax.Array] | None  # of each prediction of x_0
 
+SAMPLE_TAG = 2  # folded into the seed's key; `state.run_keys` splits it, which folds in 0 and 1
 FRAMES = 9  # of a Trajectory, unless it is asked for more or fewer
 
 
@@ -104,8 +105,9 @@ def clip_pixels(x0: jax.Array) -> jax.Array:
 
 
 def sample_keys(seed: int, indices: jax.Array) -> jax.Array:
-    """One key a sample, a function of (seed, index) alone: `[B]`."""
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(indices)
+    """One key a sample, a function of (seed, index) alone: `[B]`. Training's keys are others."""
+    key = jax.random.fold_in(jax.random.key(seed), SAMPLE_TAG)
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
 
 
 def sample_noise(keys: jax.Array, t: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -45,6 +46,33 @@ def test_digits_are_the_1797_real_ones():
     assert labels.dtype == np.int32
     assert np.bincount(labels).min() > 170
     assert digits.class_names == tuple("0123456789")
+
+
+def test_slices_of_digits_are_shuffled_and_add_up_to_all_of_them():
+    whole = data.open_dataset(Data(mask_classes=2)).records
+    parts = [
+        data.open_dataset(Data(split=split, mask_classes=2)).records
+        for split in ("train[:50%]", "train[898:1700]", "train[1700:]")
+    ]
+    assert [len(part) for part in parts] == [898, 802, 97]
+    rows = np.concatenate([data.split_rows(s, 1797) for s in ("train[:31%]", "train[31%:]")])
+    assert sorted(rows) == list(range(1797))
+    for name in ("images", "labels", "masks"):
+        joined = np.concatenate([getattr(part, name) for part in parts])
+        np.testing.assert_array_equal(joined, getattr(whole, name)[rows])
+    assert np.bincount(parts[2].labels).min() > 0, "all classes"
+    assert 700 < np.median(rows[:898]) < 1100, "from all over the whole"
+    joined = data.open_dataset(Data(split="train[:50%]+train[1700:]")).records
+    np.testing.assert_array_equal(joined.labels, np.concatenate([parts[0].labels, parts[2].labels]))
+
+
+@pytest.mark.parametrize(
+    "split", ["test", "trian[:50%]", "train[50%", "train[1797:]", "train[:0%]"]
+)
+def test_what_is_no_slice_of_digits_is_refused(split):
+    words = "should be train, or a slice of it that is not empty"
+    with pytest.raises(InputError, match=re.escape(f"data.split: {split!r} {words}")):
+        data.open_dataset(Data(split=split))
 
 
 def test_a_batch_is_a_function_of_seed_and_step():

@@ -15,6 +15,7 @@ from dit.config import Data
 from dit.data import drop_condition, null_condition
 from dit.ddpm import DDPM, at
 from dit.flow import Flow
+from dit.state import run_keys
 
 MEAN, DEVIATION = 0.3, 0.5  # of the Gaussian data whose denoiser has a closed form
 SHAPE = (3, 1, 2)
@@ -43,6 +44,18 @@ def gaussian_denoiser(d: DDPM) -> sampling.Denoise:
 
 def keys(n: int, seed=0) -> jax.Array:
     return sampling.sample_keys(seed, jnp.arange(n))
+
+
+def test_no_sample_shares_a_key_with_training_from_the_same_seed():
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    of_run = jnp.stack(run_keys(tiny_config(train=dict(seed=3))))
+    of_steps = fold(of_run[1], jnp.arange(50))
+    of_parts = jax.vmap(lambda key: jax.random.split(key, 3))(of_steps)  # data, dropping, noise
+    of_samples = keys(50, seed=3)
+    of_noise = jax.vmap(fold, in_axes=(0, None))(of_samples, jnp.arange(50))
+    used = [of_run, of_steps, of_parts, of_samples, of_noise]
+    rows = np.concatenate([jax.random.key_data(some).reshape(-1, 2) for some in used])
+    assert len(np.unique(rows, axis=0)) == len(rows) == 2 + 50 + 150 + 50 + 2500
 
 
 def test_ddim_converges_to_the_flow_at_first_order():
