@@ -92,7 +92,8 @@ def save_grid(path: str | Path, images: np.ndarray, row_names: list[str]) -> Non
         for column in range(columns):
             tile = Image.fromarray(np.ascontiguousarray(images[row * columns + column]))
             sheet.paste(tile, (margin + column * (width + gap), top))
-    sheet.save(path)
+    with whole(Path(path)) as unfinished:
+        sheet.save(unfinished, "PNG")
 
 
 # .npz files too large for memory
