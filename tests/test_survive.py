@@ -1,4 +1,4 @@
-"""What a run survives, in short: benchmarks/survive.py has it all. Configs with anything in them."""
+"""What a run survives, in short (benchmarks/survive.py has it all), and configs of all kinds."""
 
 import re
 import subprocess
