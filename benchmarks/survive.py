@@ -22,25 +22,23 @@ import os
 import random
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-import types
 import typing
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+from bad_input import CHANGES, OFFERS, bad_flags
 from processes import finish, start_hosts
 
 from dit import checkpoint, cli
-from dit.config import Config, NonNegativeInt, Range, one_line
+from dit.config import NonNegativeInt, one_line
 
 STEPS, HALF = 60, 30  # of a run, and where the one ends whose files are damaged
 RUN = f"""digits --model.hidden-size 20 --model.depth 2 --model.num-heads 5 --train.batch-size 16
@@ -100,7 +98,7 @@ class Runs:
     def half(self) -> Path:
         """The folder of a run that has ended at HALF, with the parts of samples beside it."""
         workdir = self.new()
-        assert answer(train_in, workdir, "--train.steps", HALF) == (0, [])
+        assert answer("train", *RUN, "--workdir", workdir, "--train.steps", HALF) == (0, [])
         sampling = start_hosts([["sample.py", *sample_npz(workdir, workdir)]])
         while len(list((workdir / "samples.npz.parts").glob("*.npy"))) < 3:
             time.sleep(0.001)
@@ -113,7 +111,7 @@ class Runs:
         """What nobody disturbs the sampling of."""
         folder = self.new()
         folder.mkdir()
-        assert answer(sample, *sample_npz(self.half(), folder))[0] == 0
+        assert answer("sample", *sample_npz(self.half(), folder))[0] == 0
         return arrays_of(folder / "samples.npz")
 
     def copy_of_half(self) -> Path:
@@ -181,7 +179,23 @@ class TooLong(BaseException):
     """A command does not end. No Exception, which the command could take for one of its own."""
 
 
-def answer(command: Callable, *argv: object) -> tuple[int, list[str]]:
+def run(command: str, *argv: str) -> None:
+    """What train.py, sample.py and dit.imagenet's convert and fid do."""
+    import sample
+    import train
+    from dit.imagenet import convert, fid
+
+    if command == "train":
+        train.train(cli.parse_config(list(argv), command, ""))
+    elif command == "sample":
+        sample.run(cli.parse(sample.Sample, list(argv), command, ""))
+    elif command == "convert":
+        convert.run(cli.parse(convert.Convert, list(argv), command, ""))
+    else:
+        fid.run(cli.parse(fid.Fid, list(argv), command, ""))
+
+
+def answer(command: str, *argv: object) -> tuple[int, list[str]]:
     """The exit status of a command, and its lines on stderr."""
 
     def interrupt(*args) -> None:
@@ -192,8 +206,8 @@ def answer(command: Callable, *argv: object) -> tuple[int, list[str]]:
     signal.alarm(COMMAND_SECONDS)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(printed):
-            with cli.exit_status("command"):
-                command(*map(str, argv))
+            with cli.exit_status(command):
+                run(command, *map(str, argv))
     except SystemExit as stop:
         status = stop.code
     except (Exception, TooLong):
@@ -202,34 +216,6 @@ def answer(command: Callable, *argv: object) -> tuple[int, list[str]]:
     finally:
         signal.alarm(0)
     return status, lines_of(printed.getvalue())
-
-
-def train(*argv: str) -> None:
-    import train
-
-    train.train(cli.parse_config(list(argv), "train.py", ""))
-
-
-def train_in(workdir: str, *flags: str) -> None:
-    train(*RUN, "--workdir", workdir, *flags)
-
-
-def sample(*argv: str) -> None:
-    import sample
-
-    sample.run(cli.parse(sample.Sample, list(argv), "sample.py", ""))
-
-
-def convert(*argv: str) -> None:
-    from dit.imagenet import convert
-
-    convert.run(cli.parse(convert.Convert, list(argv), "convert", ""))
-
-
-def fid(*argv: str) -> None:
-    from dit.imagenet import fid
-
-    fid.run(cli.parse(fid.Fid, list(argv), "fid", ""))
 
 
 def sample_npz(workdir: Path, folder: Path) -> list:
@@ -283,12 +269,12 @@ def flip(runs: Runs, name: Path, bit: int) -> Problem:
     content[bit // 8] ^= 1 << bit % 8
     (workdir / name).write_bytes(content)
     if name.parts[0] == "samples.npz.parts":
-        status, lines = answer(sample, *sample_npz(runs.half(), workdir))
+        status, lines = answer("sample", *sample_npz(runs.half(), workdir))
         if status:
             return refused(status, lines)
         is_same = all(map(np.array_equal, arrays_of(workdir / "samples.npz"), runs.samples()))
         return "" if is_same else "the samples differ"
-    status, lines = answer(train_in, workdir)
+    status, lines = answer("train", *RUN, "--workdir", workdir)
     if status or lines:
         return f"status {status}: {lines}"
     return runs.difference(workdir, but_metrics=name.name == "metrics.jsonl")
@@ -499,194 +485,69 @@ def moved_away(runs: Runs) -> Problem:
 
 # Bad input
 
-INTEGERS = [-1, 0, 1, 255, 256, 10**7, 10**7 + 1, 2**32 - 1, 2**32]
-FLOATS = [-1.0, -1e-9, 0.0, 1e-9, 0.5, 1 - 1e-9, 1.0, 1.1]
-
 
 def inputs(runs: Runs, count: int) -> Iterator[Trial]:
-    cases = [("--name", value) for value in bad_values(str)]
-    for section in dataclasses.fields(Config)[1:]:
-        hints = typing.get_type_hints(section.default_factory, include_extras=True)
-        for name, hint in hints.items():
-            flag = f"--{section.name}.{name}".replace("_", "-")
-            cases += [(flag, value) for value in bad_values(hint)]
+    cases = bad_flags()
     for flag, value in runs.random.sample(cases, min(count, len(cases))):
         yield f"{flag} {value[:20]!r}", partial(give, runs, flag, value)
-
-
-def bad_values(hint: typing.Any) -> list[str]:
-    """Values of an annotation at its bounds and beyond, and what is none of its values."""
-    parts = typing.get_args(hint)
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return bad_values(parts[0])
-    if typing.get_origin(hint) is typing.Annotated:
-        return bad_values(parts[0]) + bounds(parts[0], parts[1:])
-    if hint is str:
-        return ["", "x", "a\0b"]
-    if hint is int:
-        return ["", "x", "1.5", "nan", "1" + "0" * 400]
-    if hint is float:
-        return ["", "x", "nan", "inf", "-inf", "1e39"]
-    return ["", "x"]  # a bool or a choice
-
-
-def bounds(kind: type, metadata: tuple) -> list[str]:
-    """The two values on either side of each bound of a range."""
-    values = {int: INTEGERS, float: FLOATS}.get(kind, [])
-    found = []
-    for span in metadata:
-        if isinstance(span, Range):
-            for a, b in itertools.pairwise(values):
-                found += [a, b] if span.contains(a) != span.contains(b) else []
-    return [str(value) for value in found]
 
 
 def give(runs: Runs, flag: str, value: str) -> Problem:
     """Trains for a step, unless the value is refused."""
     folder = runs.new()
     folder.mkdir()
+    where = [] if flag in ("--name", "--train.workdir") else ["--workdir", "run"]
     with contextlib.chdir(folder):
-        workdir = [] if flag in ("--name", "--train.workdir") else ["--workdir", "run"]
-        argv = [*RUN, "--train.steps", "1", "--train.sample-every", "1", *workdir, flag, value]
-        status, lines = answer(train, *argv)
+        argv = [*RUN, "--train.steps", 1, "--train.sample-every", 1, *where, flag, value]
+        status, lines = answer("train", *argv)
     if status == 2:
         return refused(status, lines) or ("written" if any(folder.iterdir()) else "")
     has_diverged = status == 1 and len(lines) == 1
     return "" if has_diverged or (status, lines) == (0, []) else f"status {status}: {lines}"
 
 
-# Damaged and hostile files
-
-DEEP = b"[" * 100_000
-
-
 def files(runs: Runs, count: int) -> Iterator[Trial]:
-    cases = [(name, partial(damage, runs, change)) for name, change in changes().items()]
-    cases += [(name, partial(offer, runs, *case)) for name, case in offers().items()]
-    yield from cases[:count]
+    cases = [(f"{path}: {str(change)[:40]}", damage, path, change) for path, change in CHANGES]
+    cases += [(what, offer, *case) for what, *case in OFFERS]
+    for case, trial, *args in cases[:count]:
+        yield case, partial(trial, runs, *args)
 
 
-def changes() -> dict[str, Callable[[Path], object]]:
-    """Changes of the folder of a run, whose newest checkpoint is HALF."""
-
-    def put(name: str, content: bytes, seal: bool = False) -> Callable[[Path], object]:
-        def change(workdir: Path) -> None:
-            path = workdir / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(content)
-            if seal:
-                folder = checkpoint.step_folder(workdir, HALF)
-                (folder / "checksums.json").write_text(json.dumps(checkpoint.checksums(folder)))
-
-        return change
-
-    def edit(name: str, **fields: object) -> Callable[[Path], object]:
-        def change(workdir: Path) -> None:
-            content = json.loads((workdir / newest / name).read_text()) | fields
-            put(f"{newest}/{name}", json.dumps(content).encode(), seal=True)(workdir)
-
-        return change
-
-    newest = f"checkpoints/{HALF}"
-    of_run = {
-        name: put(name, content)
-        for name, content in {
-            f"{newest}/checksums.json": b"{}",
-            f"{newest}/_CHECKPOINT_METADATA": b"[]",
-            f"{newest}/commit_success.txt": b"",
-            f"{newest}/notes.txt": b"x",
-            f"{newest}/ema/notes.txt": b"x",
-            "checkpoints/0021/notes.txt": b"x",
-            "checkpoints/50/checksums.json": b"{}",
-            f"checkpoints/{10**30}/checksums.json": DEEP,
-            "checkpoints/50": b"x",
-            "config.json": b"\xff",
-            "metrics.jsonl": b'{"step": 1}\n{"step": NaN, "loss": 3}\n[]\n' + DEEP,
-            "loss.png": b"x",
-            ".lock": b"process 1 on nowhere",
-        }.items()
-    }
-    sealed = {
-        f"{name}, checksums fit": put(f"{newest}/{name}", content, seal=True)
-        for name, content in {
-            "config/metadata": DEEP,
-            "dataset/metadata": b"{}",
-            "log/metadata": b'{"steps": -1, "loss": 3.0}',
-            "ema/_METADATA": b"{}",
-            "model/manifest.ocdbt": b"",
-            "optimizer/_sharding": b"\xff",
-        }.items()
-    }
-    return {
-        **of_run,
-        **sealed,
-        "a config of another depth": edit("config/metadata", model={"depth": 10**9}),
-        "a config of a later version": edit("config/metadata", size=3),
-        "classes without names": edit("dataset/metadata", class_names=None),
-        "no optimizer": lambda workdir: shutil.rmtree(workdir / newest / "optimizer"),
-        "no samples": lambda workdir: shutil.rmtree(workdir / "samples"),
-        "no metrics": lambda workdir: (workdir / "metrics.jsonl").unlink(),
-        "no checkpoint": lambda workdir: shutil.rmtree(workdir / "checkpoints"),
-    }
-
-
-def damage(runs: Runs, change: Callable[[Path], object]) -> Problem:
-    """Samples from a changed run, then goes on with it."""
+def damage(runs: Runs, path: str, change: bytes | tuple[bytes, bytes] | None) -> Problem:
+    """Samples from a run with a file changed, then goes on with it."""
     workdir = runs.copy_of_half()
-    change(workdir)
+    newest = checkpoint.step_folder(workdir, HALF)
+    changed = workdir / path.replace("NEWEST", f"checkpoints/{HALF}")
+    if change is None:
+        shutil.rmtree(changed) if changed.is_dir() else changed.unlink()
+    else:
+        changed.parent.mkdir(exist_ok=True)
+        is_content = isinstance(change, bytes)
+        changed.write_bytes(change if is_content else changed.read_bytes().replace(*change))
+    if newest.is_dir() and changed.name != "checksums.json":
+        (newest / "checksums.json").write_text(json.dumps(checkpoint.checksums(newest)))
+
     picture = workdir / "x.png"
-    status, lines = answer(sample, workdir, "--per-class", 1, "--steps", 2, "--out", picture)
-    drawn = status == 0 and picture.exists()
-    if not drawn and (refused(status, lines) or picture.exists()):
+    status, lines = answer(
+        "sample", workdir, "--per-class", 1, "--steps", 2, "--batch-size", 4, "--out", picture
+    )
+    is_refused = not refused(status, lines)
+    if picture.exists() == is_refused or status not in (0, 2):
         return f"sample.py: status {status}: {lines}"
-    status, lines = answer(train_in, workdir)
+    status, lines = answer("train", *RUN, "--workdir", workdir)
     if status == 0 and not lines:
-        return runs.difference(workdir, but_metrics=True)
+        return runs.difference(workdir, but_metrics=changed.name == "metrics.jsonl")
     return refused(status, lines)
 
 
-def offers() -> dict[str, tuple[str, bytes, Callable, list]]:
-    """Files by name and content; the command that is given one, and what comes behind it."""
-    bomb = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in [
-            (b"IHDR", struct.pack(">IIBBBBB", 12_000, 12_000, 8, 0, 0, 0, 0)),
-            (b"IDAT", zlib.compress(b"")),
-            (b"IEND", b""),
-        ]
-    )
-    tensor = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
-    many_blocks = json.dumps({"blocks.99999.x": tensor}).encode()
-    many_blocks = struct.pack("<Q", len(many_blocks)) + many_blocks + bytes(4)
-    of_fid = ["--reference", "x.npz", "--inception", "x.pth"]
-    of_convert = ["out", "--num-heads", "4"]
-    return {
-        "a preset that raises": ("x.py", b"1 / 0", train, []),
-        "a preset of no config": ("x.py", b"config = 3", train, []),
-        "a preset that is no Python": ("x.py", b"\xff(", train, []),
-        "a preset of nested brackets": ("x.py", DEEP, train, []),
-        "weights of 99,999 blocks": ("x.safetensors", many_blocks, convert, of_convert),
-        "weights of an endless header": ("x.safetensors", b"\xff" * 8, convert, of_convert),
-        "weights that are none": ("x.pt", b"\x80\x04x", convert, of_convert),
-        "a picture of 144 megapixels": ("x.png", bomb, draw_in_style, []),
-        "half of a picture": ("x.png", bomb[:40], draw_in_style, []),
-        "an empty picture": ("x.png", b"", draw_in_style, []),
-        "samples that are none": ("x.npz", b"PK\x03\x04", fid, of_fid),
-    }
-
-
-def offer(runs: Runs, name: str, content: bytes, command: Callable, options: list) -> Problem:
+def offer(runs: Runs, name: str, content: bytes, command: list[str]) -> Problem:
     folder = runs.new()
     folder.mkdir()
     (folder / name).write_bytes(content)
-    half = [runs.half()] if command is draw_in_style else []
+    words = {"FILE": name, "RUN": str(runs.half())}
     with contextlib.chdir(folder):
-        problem = refused(*answer(command, name, *options, *half))
+        problem = refused(*answer(*[words.get(word, word) for word in command]))
     return problem or ("written" if len(list(folder.iterdir())) > 1 else "")
-
-
-def draw_in_style(picture: str, workdir: str) -> None:
-    sample(workdir, "--style", picture, "--out", "out.png")
 
 
 # The whole
