@@ -282,15 +282,15 @@ def flip(runs: Runs, name: Path, bit: int) -> Problem:
 
 # Stops
 
-# A phase, the function that it calls, which of the calls is meant, and flags
+# A phase, a function of it, and which of its calls is meant
 PHASES = {
+    "import": ("flax/nnx/__init__.py", "<module>", 1),
     "grid": ("dit/generate.py", "make_draw.<locals>.draw", 1),
     "save": ("dit/checkpoint.py", "Checkpoints._write_checksums", 2),
     "compile": ("train.py", "lower_train_step", 1),
-    "import": ("flax/nnx/__init__.py", "<module>", 1),
     "data": ("dit/data.py", "open_dataset", 1),
     "step": ("dit/sharding.py", "place_batch", 7),
-    "evaluation": ("dit/imagenet/fid.py", "make_extract.<locals>.extract", 1),
+    "evaluation": ("dit/generate.py", "make_draw.<locals>.draw", 1),
 }
 
 # Runs sys.argv[4:] and sends itself SIGTERM at the nth call of a function of a file
@@ -345,7 +345,7 @@ def stop(runs: Runs, phase: str, hosts: int) -> Problem:
     program = ["-c", STAND_IN + TOLD if is_evaluation else TOLD, file, function]
     programs = [[*program, 0, "train.py"]] * (hosts - 1) + [[*program, calls, "train.py"]]
     processes = start_programs(workdir, programs, EVALUATION if is_evaluation else ())
-    if not any(line == "told\n" for line in processes[-1].stdout):
+    if not any("told" in line for line in processes[-1].stdout):
         return f"{function} was not called: {finish(processes)}"
     for status, _, err in finish(processes, STOP_SECONDS):
         if status != 0 or len(lines_of(err)) > 1:
