@@ -46,7 +46,8 @@ RUN = f"""digits --model.hidden-size 20 --model.depth 2 --model.num-heads 5 --tr
     --train.checkpoint-every 5 --train.keep-last 2 --train.sample-every 20 --train.sample-steps 3
     """.split()
 TIMINGS = {"images_per_second", "tflops_per_second", "data_seconds", "mfu"}  # differ in every run
-STOP_SECONDS = 30  # in which a run that is told to stop has to end, as Slurm kills it then
+STOP_SECONDS = 30  # in which a run that is told to stop has to end, as Slurm kills it then;
+STOP_SHARE = 3  # or on a busy machine in so many times the seconds of a whole run
 PEER_SECONDS = 300  # in which the others have to end that a host leaves behind
 COMMAND_SECONDS = 120  # for a command in this process
 
@@ -340,6 +341,7 @@ def stops(runs: Runs, count: int) -> Iterator[Trial]:
 
 def stop(runs: Runs, phase: str, hosts: int) -> Problem:
     workdir = runs.new()
+    limit = max(STOP_SECONDS, STOP_SHARE * runs.undisturbed(hosts)[1])
     file, function, calls = PHASES[phase]
     is_evaluation = phase == "evaluation"
     program = ["-c", STAND_IN + TOLD if is_evaluation else TOLD, file, function]
@@ -347,7 +349,7 @@ def stop(runs: Runs, phase: str, hosts: int) -> Problem:
     processes = start_programs(workdir, programs, EVALUATION if is_evaluation else ())
     if not any("told" in line for line in processes[-1].stdout):
         return f"{function} was not called: {finish(processes)}"
-    for status, _, err in finish(processes, STOP_SECONDS):
+    for status, _, err in finish(processes, limit):
         if status != 0 or len(lines_of(err)) > 1:
             return f"status {status}: {err}"
     return runs.go_on(workdir, hosts)
@@ -368,8 +370,11 @@ def lose(runs: Runs, number: signal.Signals, host: int) -> Problem:
     processes = start(workdir, 2)
     wait_for(workdir / "checkpoints/10", processes[0])
     processes[host].send_signal(number)
-    [(status, _, err)] = finish([processes[1 - host]], PEER_SECONDS)
-    finish([processes[host]], 0)
+    try:
+        [(status, _, err)] = finish([processes[1 - host]], PEER_SECONDS)
+    finally:
+        processes[host].kill()
+        processes[host].communicate()
     if status == 0 or f"host {host} has not been heard of" not in err:
         return f"status {status}: {err}"
     return runs.go_on(workdir, 2)
