@@ -402,8 +402,12 @@ def restore_item(folder: Path, target: Any) -> Any:
     Raises InputError for arrays that are not the target's, before any is read.
     """
     import orbax.checkpoint as ocp
+    import tensorstore as ts
 
     try:
+        # Orbax reads all arrays at once, and has a traceback for each where one cannot be read
+        files = {"driver": "file", "path": f"{folder}/"}
+        ts.KvStore.open({"driver": "ocdbt", "base": files}).result().list().result()
         stored = arrays_by_name(ocp.StandardCheckpointHandler().metadata(folder).tree)
         expected = arrays_by_name(target)
         for name in sorted(stored.keys() | expected.keys()):
