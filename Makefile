@@ -8,8 +8,8 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constr
 
 demo: .venv/.demo
 	$(BIN)/python train.py digits
-	$(BIN)/python sample.py runs/digits --guidance 2 --out runs/digits/demo.png
-	@echo "A grid of digits, one class a row: runs/digits/demo.png"
+	$(BIN)/python sample.py runs/digits --guidance 2 --frames 9 --out demo.png
+	@echo "From noise to digits, one class a row: runs/digits/demo.png"
 
 lint: .venv/.lint
 	$(BIN)/ruff check

@@ -1,8 +1,9 @@
 """Samples images: python sample.py WORKDIR_OR_WEIGHTS --classes 207 "red panda" --out x.png
 
-Writes a labelled grid, one class a row (.png), or `arr_0` uint8 [N, H, W, C] and `arr_1` int64
-labels, the form of the ADM evaluator (.npz). An .npz goes on where it was killed. Sample i is a
-function of (--seed, i), whatever the batch size and the number of devices.
+Writes a labelled grid, one class a row (.png); the same grid from noise to image (.gif); or `arr_0`
+uint8 [N, H, W, C] and `arr_1` int64 labels, the form of the ADM evaluator (.npz). An .npz goes on
+where it was killed. Sample i is a function of (--seed, i), whatever the batch size and the number
+of devices.
 """
 
 import contextlib
@@ -23,16 +24,19 @@ import tyro
 
 from dit import checkpoint, cli
 from dit.config import (
+    AtLeastTwo,
     Config,
     Count,
     InputError,
     Labels,
     LocalPath,
+    NonNegativeInt,
     PositiveInt,
     Probability,
     Sampler,
     Seed,
     check_sampler,
+    check_steps,
     check_value,
     require,
 )
@@ -44,14 +48,19 @@ from dit.hosts import (
     refused_together,
 )
 
+GIF_FRAMES = 32  # unless --frames says how many
+
 Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR_OR_WEIGHTS")]
 
 
 @dataclass(frozen=True)
 class Sample:
-    workdir: Source  # such as runs/digits
+    workdir: Source  # such as runs/digits, or one checkpoint: runs/digits/checkpoints/3000
+    step: NonNegativeInt | None = None  # of the checkpoint; None is the newest
     classes: tuple[str, ...] = ()  # by number or name; without any all, or ten in a grid
-    per_class: PositiveInt = 8  # images of each class
+    interpolate: tuple[str, str] | None = None  # a row from one class to another, of one noise
+    per_class: PositiveInt | None = None  # images of a class or a row; None is 8, 1 in a strip
+    frames: AtLeastTwo | None = None  # states from noise to image; in a .png a strip of them
     num_samples: Count | None = None  # images of random classes instead; for .npz
     labels: Labels = "random"  # of --num-samples; balanced has equally many of each class
     guidance: float = 1.0  # scale of classifier-free guidance; 1 is none, 4 makes typical pictures
@@ -70,28 +79,29 @@ class Sample:
     dtype: Literal["float32", "bfloat16"] | None = None  # of the products; None is the run's
     ema: bool = True  # take the averaged weights rather than the last
     distributed: bool = False  # several hosts, which share the folder of --out
-    out: LocalPath = "samples.png"  # .png for a grid, .npz for arrays
+    out: LocalPath = "samples.png"  # .png, .gif or .npz; without a folder, in WORKDIR_OR_WEIGHTS
 
 
 def run(options: Sample) -> Path:
     """Draws what the options ask for and returns the file it wrote. Raises InputError."""
-    workdir, out = Path(options.workdir), Path(options.out)
     connect_hosts(options.distributed, "--distributed")
     with refused_together(options.distributed):
         check_value("workdir", options.workdir, LocalPath)
-        step, damaged = checkpoint.newest_intact(workdir)
+        workdir, step, damaged = checkpoint.find(Path(options.workdir), options.step)
+        options = dataclasses.replace(options, workdir=str(workdir), step=step)
         config = checkpoint.stored_config(workdir, step)
         class_names = tuple(checkpoint.stored_dataset(workdir, step)["class_names"])
         options = complete(options, config)
         check(options, config)
-        numbers = [class_number(word, class_names) for word in options.classes]
+        option = "--interpolate" if options.interpolate else "--classes"
+        words = options.interpolate or options.classes
+        numbers = [class_number(option, word, class_names) for word in words]
 
     # what follows needs jax, which takes a second to import
     import jax
 
-    from dit import generate
+    from dit import generation
     from dit.imagenet.vae import load_vae
-    from dit.images import save_grid
     from dit.log import say
     from dit.sharding import local_mesh, replicated
 
@@ -103,18 +113,21 @@ def run(options: Sample) -> Path:
         vae = jax.device_put(vae, replicated(mesh))
         mask = read_mask(options, config) if config.data.mask_classes else None
         style = read_style(options, config, vae) if options.style else None
+    out = Path(options.out)
     at_most = len(class_names) if out.suffix == ".npz" else 10
-    classes = np.array(numbers or generate.spread_classes(len(class_names), at_most), np.int32)
-    if options.num_samples is None:
+    classes = np.array(numbers or generation.spread_classes(len(class_names), at_most), np.int32)
+    if options.interpolate:
+        labels = generation.mixtures(*classes, options.per_class, len(class_names))
+    elif options.num_samples is None:
         labels = classes.repeat(options.per_class)
     else:
-        labels = generate.draw_labels(options.labels, options.seed, classes, options.num_samples)
+        labels = generation.draw_labels(options.labels, options.seed, classes, options.num_samples)
 
     model, config = checkpoint.load(workdir, options.ema, replicated(mesh), options.dtype, step)
-    draw = generate.make_draw(
+    draw = generation.make_draw(
         config,
         mesh,
-        generate.make_condition(labels, config, mask),
+        generation.make_condition(labels, config, mask),
         options.batch_size,
         sampler=options.sampler,
         steps=options.steps,
@@ -125,14 +138,17 @@ def run(options: Sample) -> Path:
         seed=options.seed,
         style=style,
         style_strength=options.style_strength,
+        frames=options.frames,
+        same_noise=options.interpolate is not None,
     )
     if out.suffix == ".npz":
         distributed = options.distributed
-        with claimed_parts(options, step, classes) as parts, ended_together(distributed):
-            generate.draw_npz(draw, model, vae, labels, options.batch_size, out, parts)
+        with claimed_parts(options, classes) as parts, ended_together(distributed):
+            generation.draw_npz(draw, model, vae, labels, options.batch_size, out, parts)
     elif jax.process_index() == 0:
-        images = generate.draw_all(draw, model, vae, len(labels), options.batch_size)
-        save_grid(out, images, generate.short_names(classes, class_names))
+        images = generation.draw_all(draw, model, vae, len(labels), options.batch_size)
+        names = generation.short_names(classes, class_names)
+        save_picture(out, images, names, options, config)
     say(f"wrote {out}")
     return out
 
@@ -141,9 +157,16 @@ def run(options: Sample) -> Path:
 
 
 def complete(options: Sample, config: Config) -> Sample:
-    """The options, with what they leave open taken from the run's config."""
+    """The options, with what they leave open taken from the run's config or their --out."""
+    has_folder = os.path.dirname(options.out) != ""
+    is_gif = options.out.endswith(".gif")
+    frames = options.frames or (GIF_FRAMES if is_gif else None)
+    is_strip = frames is not None and not is_gif and not options.interpolate
     return dataclasses.replace(
         options,
+        out=options.out if has_folder else str(Path(options.workdir) / options.out),
+        frames=frames,
+        per_class=options.per_class or (1 if is_strip else 8),
         vae=options.vae or config.data.vae,
         sampler=options.sampler or config.sampler,
         steps=options.steps or config.train.sample_steps,
@@ -153,12 +176,11 @@ def complete(options: Sample, config: Config) -> Sample:
 def check(options: Sample, config: Config) -> None:
     """Raises InputError for what the model of the config cannot do."""
     objective, channels = config.objective, config.input_shape[2]
-    sampler, steps, timesteps = options.sampler, options.steps, objective.num_steps
+    sampler = options.sampler
     guided, interval = options.cfg_channels, options.guidance_interval
     is_flow = objective.name == "flow"
     check_sampler("--sampler", sampler, objective)
-    fits = is_flow or steps <= timesteps
-    require(fits, "--steps", steps, f"from 1 to the model's {timesteps} timesteps")
+    check_steps("--steps", options.steps, objective)
     is_ddims = options.eta == 0 or sampler == "ddim"
     require(is_ddims, "--eta", options.eta, f"0 with --sampler {sampler}: only ddim has it")
     fits = guided is None or guided <= channels
@@ -169,12 +191,21 @@ def check(options: Sample, config: Config) -> None:
     require(meets_times, "--guidance-interval", interval, "of times of flow, from 0 to 1")
 
     out, num_samples = Path(options.out), options.num_samples
-    require(out.suffix in (".png", ".npz"), "--out", options.out, "a .png or .npz file")
+    is_known = out.suffix in (".png", ".gif", ".npz")
+    require(is_known, "--out", options.out, "a .png, .gif or .npz file")
     require(out.parent.is_dir(), "--out", options.out, f"in a folder that exists, not {out.parent}")
     can_write = os.access(out.parent, os.W_OK) and not out.is_dir()
     require(can_write, "--out", options.out, "a file that can be written")
     is_npz = num_samples is None or out.suffix == ".npz"
     require(is_npz, "--num-samples", num_samples, "given with an --out that ends in .npz")
+    interpolate, frames = options.interpolate, options.frames
+    for name, value in [("--interpolate", interpolate), ("--frames", frames)]:
+        is_drawn = value is None or out.suffix != ".npz"
+        require(is_drawn, name, value, "given with an --out that ends in .png or .gif")
+    is_alone = interpolate is None or not options.classes
+    require(is_alone, "--classes", options.classes, "left out with --interpolate")
+    is_way = interpolate is None or options.per_class > 1
+    require(is_way, "--per-class", options.per_class, "more than 1 with --interpolate")
 
     has_masks = options.mask is None or config.data.mask_classes > 0
     require(has_masks, "--mask", options.mask, "left out: the model was trained without masks")
@@ -185,31 +216,59 @@ def check(options: Sample, config: Config) -> None:
         require(unused, "--vae", options.vae, "left out: the model makes pixels, not latents")
 
 
-def class_number(word: str, class_names: tuple[str, ...]) -> int:
-    """The class that a number or a name means. Raises InputError.
+def class_number(option: str, word: str, class_names: tuple[str, ...]) -> int:
+    """The class that a number or a name means. Raises InputError, which names the option.
 
-    Names may hold synonyms, separated by commas; each of them is a name too.
+    Names may hold synonyms, separated by commas; each of them is a name too. A name that is itself
+    a number goes before the number.
     """
     count = len(class_names)
-    if re.fullmatch("-?[0-9]+", word):
-        number = int(word)
-        expected = f"from 0 to {count - 1}: the model has {count} classes"
-        require(0 <= number < count, "--classes", number, expected)
-        return number
     numbers: dict[str, list[int]] = {}
     for k, name in enumerate(class_names):
         for synonym in {name.casefold(), *name.casefold().split(", ")}:
             numbers.setdefault(synonym, []).append(k)
     matches = numbers.get(word.casefold())
+    if matches is None and re.fullmatch("-?[0-9]+", word):
+        number = int(word)
+        expected = f"from 0 to {count - 1}: the model has {count} classes"
+        require(0 <= number < count, option, number, expected)
+        return number
     if matches is None:
         near = difflib.get_close_matches(word.casefold(), numbers, n=1, cutoff=0)[0]
         raise InputError(
-            f"--classes: {word!r} should be a number from 0 to {count - 1} or the name of a class; "
+            f"{option}: {word!r} should be a number from 0 to {count - 1} or the name of a class; "
             f"the nearest is {near!r}"
         )
     choices = ", ".join(f"{k} ({class_names[k]})" for k in matches)
-    require(len(matches) == 1, "--classes", word, f"one of the numbers {choices}")
+    require(len(matches) == 1, option, word, f"one of the numbers {choices}")
     return matches[0]
+
+
+# What is drawn
+
+
+def save_picture(
+    out: Path, images: np.ndarray, names: list[str], options: Sample, config: Config
+) -> None:
+    """Writes images `[N, H, W, C]`, or with frames `[N, F, H, W, C]`, of classes of these names."""
+    from dit import generation
+    from dit.images import save_gif, save_grid
+
+    row_names, column_names = names, None
+    sample_names = np.repeat(names, options.per_class).tolist()
+    if options.interpolate:
+        shares = np.linspace(0, 1, options.per_class)[1:-1]
+        sample_names = [names[0], *[f"{share:.0%}" for share in shares], names[1]]
+        row_names, column_names = [""], sample_names
+    if options.frames is None:
+        save_grid(out, images, row_names, column_names)
+        return
+    levels = generation.noise_levels(config, options.steps, options.frames)
+    level_names = [f"noise {level:.2f}" for level in levels]
+    if out.suffix == ".gif":
+        save_gif(out, images.swapaxes(0, 1), row_names, level_names)
+    else:
+        save_grid(out, images.reshape(-1, *images.shape[2:]), sample_names, level_names)
 
 
 # Pictures that condition the samples
@@ -244,11 +303,12 @@ def read_style(options: Sample, config: Config, vae: Any) -> Any:
     import jax.numpy as jnp
 
     from dit.images import centre_crop, from_uint8, open_picture
+    from dit.log import say
 
     is_grey = config.data.channels == 1
     image = open_picture("--style", options.style, "L" if is_grey else "RGB")
-    has_colours = is_grey or (image != image[..., :1]).any()
-    require(has_colours, "--style", options.style, "a picture in colour, as the model's are")
+    if not is_grey and (image == image[..., :1]).all():
+        say(f"--style: {options.style!r} is grey, and so will the samples be on average")
     if vae is None:
         return from_uint8(jnp.asarray(image))[None]
     cropped = centre_crop(image, config.data.image_size)
@@ -260,7 +320,7 @@ def read_style(options: Sample, config: Config, vae: Any) -> Any:
 
 
 @contextlib.contextmanager
-def claimed_parts(options: Sample, step: int, classes: np.ndarray) -> Iterator[Path]:
+def claimed_parts(options: Sample, classes: np.ndarray) -> Iterator[Path]:
     """A folder for the parts of --out, which only the same request resumes; removed at the end."""
     import jax
 
@@ -268,7 +328,6 @@ def claimed_parts(options: Sample, step: int, classes: np.ndarray) -> Iterator[P
     pictures = [options.mask, options.style]
     request = dataclasses.asdict(options) | {
         "out": out.name,
-        "checkpoint": step,
         "classes": classes.tolist(),
         "pictures": [zlib.crc32(Path(path).read_bytes()) for path in pictures if path],
     }

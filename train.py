@@ -33,12 +33,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dit import checkpoint, generate
-from dit.data import Dataset, augment, batch_shapes, batches, drop_condition, open_dataset
+from dit import checkpoint, generation, resume
+from dit.data import (
+    Dataset,
+    augment,
+    batch_shapes,
+    batches,
+    drop_condition,
+    open_dataset,
+    with_num_classes,
+)
 from dit.imagenet.fid import make_evaluation
 from dit.imagenet.vae import load_vae
 from dit.log import Log, say
-from dit.model import TRAINING_FLOPS, DiT, count_parameters, multiply_adds
+from dit.model import TRAINING_FLOPS, DiT, check_block, count_parameters, multiply_adds
 from dit.sharding import (
     batch_sharding,
     compiler_options,
@@ -111,11 +119,13 @@ def lower_train_step(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Lowe
         return step.lower(state, batch)
 
 
-def first_state(config: Config, mesh: jax.sharding.Mesh, start: int) -> State:
-    """The state that a run goes on from: of checkpoint `start`, or of step 0."""
+def first_state(
+    config: Config, mesh: jax.sharding.Mesh, start: int, weights: dict[str, jax.Array]
+) -> State:
+    """The state that a run goes on from: of checkpoint `start`, or of step 0 with other weights."""
     if start == 0:
-        return make_state(config, mesh)
-    return checkpoint.restore(config.workdir, start, abstract_state(config, mesh))
+        return resume.with_weights(make_state(config, mesh), weights)
+    return resume.restore(config, mesh, start)
 
 
 def make_judges(
@@ -128,7 +138,7 @@ def make_judges(
     if config.eval.every:
         evaluate = make_evaluation(config, vae, mesh, check_stop)
     if config.train.sample_every and (vae is not None or not config.data.latents):
-        draw_grid = generate.make_grid_sampler(config, vae, dataset, mesh, check_stop)
+        draw_grid = generation.make_grid_sampler(config, vae, dataset, mesh, check_stop)
     return evaluate, draw_grid
 
 
@@ -145,6 +155,8 @@ def describe(config: Config, state: State, num_images: int, start: int) -> None:
         f"{config.name}: {parameters:,} parameters, {gigas:.3g} G multiply-adds an image, "
         f"{num_images:,} images, {devices}, from step {start}"
     )
+    for line in resume.describe_changes(config, start):
+        say(line)
     if config.data.latents and not config.data.vae:
         say("no sample grids are drawn: --data.vae names no VAE that would decode them")
 
@@ -162,14 +174,16 @@ def train(config: Config, stop: cli.StopRequest | None = None) -> State:
     connect_hosts(distributed, "mesh.distributed")
     with refused_together(distributed):
         mesh = make_mesh(config)
+        check_block(config.model.conditioning, config.data.mask_classes)
         dataset = open_dataset(config.data)
-        start, damaged = checkpoint.step_to_resume(config, dataset)
+        config = with_num_classes(config, dataset)
+        start, damaged = resume.step_to_resume(config, dataset)
     require_same(distributed, "train.workdir", str(config.workdir), f"step {start}")
     for line in damaged:
         say(line)
     if start >= steps:
         say(f"already at step {start}: nothing to do before --train.steps {start + 1}")
-        return first_state(config, mesh, start)
+        return first_state(config, mesh, start, {})
 
     on_any_host = AnyHost(mesh)
 
@@ -178,13 +192,14 @@ def train(config: Config, stop: cli.StopRequest | None = None) -> State:
             raise Stopped("stopped; the same command goes on from the newest checkpoint")
 
     with refused_together(distributed):
+        weights = resume.load_weights(config, mesh) if start == 0 else {}
         evaluate, draw_grid = make_judges(config, dataset, mesh, check_stop)
     check_stop()
     with refused_together(distributed):  # written to only now that no host has refused
-        lock = checkpoint.prepare_workdir(config, start)
+        lock = resume.prepare_workdir(config, start)
     hosts = (jax.process_index(), jax.process_count())
     stream = batches(dataset, config.train.batch_size, seed, start, *hosts)  # reads from here on
-    state = first_state(config, mesh, start)
+    state = first_state(config, mesh, start, weights)
     with refused_together(distributed):
         checkpoint.require_room(config, state)
     describe(config, state, len(dataset.records), start)

@@ -19,7 +19,7 @@ from digits import pixel_rows
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dit import checkpoint, cli, generate
+from dit import checkpoint, cli, generation
 from dit.config import AtLeastTwo, Config, PositiveInt, Range, replace, require
 from dit.data import open_dataset
 from dit.metrics import Gaussian, frechet_distance, gaussian_of
@@ -100,9 +100,9 @@ def measure(config: Config, samples: int, real: Gaussian) -> list[tuple[int, flo
     """(step, Frechet distance in pixel space) of each checkpoint of a run."""
     mesh = local_mesh()
     labels = np.arange(samples) % config.data.num_classes
-    condition = generate.make_condition(labels, config)
+    condition = generation.make_condition(labels, config)
     sampler, steps = config.sampler, config.train.sample_steps
-    draw = generate.make_draw(config, mesh, condition, samples, sampler=sampler, steps=steps)
+    draw = generation.make_draw(config, mesh, condition, samples, sampler=sampler, steps=steps)
     distances = []
     for step in sorted(checkpoint.steps(config.workdir)):
         model, _ = checkpoint.load(config.workdir, sharding=replicated(mesh), step=step)

@@ -16,7 +16,7 @@ import numpy as np
 from digits import accuracy, distance
 
 import dit.model
-from dit import cli, generate
+from dit import cli, generation
 from dit.config import Config, PositiveInt, replace
 from dit.data import ink_masks, open_dataset
 from dit.model import DiT, MaskEmbedding
@@ -47,7 +47,7 @@ def train_with(embedding: type[MaskEmbedding], config: Config) -> DiT:
 def draw(model: DiT, config: Config, condition: dict[str, np.ndarray]) -> np.ndarray:
     """One image for each row of the condition, uint8 `[SAMPLES, 8, 8, 1]`."""
     sampler, steps = config.sampler, config.train.sample_steps
-    draw_batch = generate.make_draw(
+    draw_batch = generation.make_draw(
         config, local_mesh(), condition, SAMPLES, sampler=sampler, steps=steps
     )
     return draw_batch(model, None, 0)
@@ -77,8 +77,8 @@ def main() -> None:
 
     spatial = train_with(MaskEmbedding, dataclasses.replace(config, name="layout-spatial"))
     pooled = train_with(PooledMaskEmbedding, dataclasses.replace(config, name="layout-pooled"))
-    with_mask = generate.make_condition(labels, config, masks)
-    without = generate.make_condition(labels, config)
+    with_mask = generation.make_condition(labels, config, masks)
+    without = generation.make_condition(labels, config)
     images = {
         "one vector a token (SPADE's idea)": draw(spatial, config, with_mask),
         "(a) the same model without a mask": draw(spatial, config, without),

@@ -79,15 +79,15 @@ def measure_ours(folder: Path, labels: list[int], options: Options) -> tuple[str
     cli.use_compilation_cache()
     import jax
 
-    from dit import checkpoint, generate
+    from dit import checkpoint, generation
     from dit.sharding import local_mesh, replicated
 
     mesh = local_mesh()
     model, config = checkpoint.load(folder / "ours", sharding=replicated(mesh))
-    draw = generate.make_draw(
+    draw = generation.make_draw(
         config,
         mesh,
-        generate.make_condition(labels, config),
+        generation.make_condition(labels, config),
         len(labels),
         sampler=options.sampler,
         steps=options.steps,

@@ -46,7 +46,7 @@ FSDP = (1, 2, 4, 8)
 BASE = Config(
     name="scaling",
     model=Model(hidden_size=128, depth=3, num_heads=4, patch_size=2),
-    data=Data(image_size=16),
+    data=Data(image_size=16, num_classes=10),
     train=Train(batch_size=8, dtype="float32"),
 )
 

@@ -286,12 +286,12 @@ def flip(runs: Runs, name: Path, bit: int) -> Problem:
 # A phase, a function of it, and which of its calls is meant
 PHASES = {
     "import": ("flax/nnx/__init__.py", "<module>", 1),
-    "grid": ("dit/generate.py", "make_draw.<locals>.draw", 1),
+    "grid": ("dit/generation.py", "make_draw.<locals>.draw", 1),
     "save": ("dit/checkpoint.py", "Checkpoints._write_checksums", 2),
     "compile": ("train.py", "lower_train_step", 1),
     "data": ("dit/data.py", "open_dataset", 1),
     "step": ("dit/sharding.py", "place_batch", 7),
-    "evaluation": ("dit/generate.py", "make_draw.<locals>.draw", 1),
+    "evaluation": ("dit/generation.py", "make_draw.<locals>.draw", 1),
 }
 
 # Runs sys.argv[4:] and sends itself SIGTERM at the nth call of a function of a file

@@ -13,12 +13,10 @@ import dataclasses
 import errno
 import json
 import logging
-import operator
 import re
 import shutil
 import sys
 import tempfile
-import time
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -37,7 +35,7 @@ from dit.config import (
     replace,
     require,
 )
-from dit.files import locked, naming, read_json, whole
+from dit.files import naming, read_json, whole
 from dit.hosts import refused_together
 
 if TYPE_CHECKING:
@@ -49,6 +47,7 @@ if TYPE_CHECKING:
     from dit.state import State
 
 CHECKSUMS = "checksums.json"
+STEP = "0|[1-9][0-9]*"  # the name of a checkpoint's folder
 UNFINISHED = ".orbax-checkpoint-tmp"  # behind the name of a checkpoint that is being written
 
 
@@ -58,7 +57,7 @@ UNFINISHED = ".orbax-checkpoint-tmp"  # behind the name of a checkpoint that is 
 def steps(workdir: Path) -> list[int]:
     """The steps whose checkpoints were completed, newest first. Other folders are ignored."""
     names = [path.name for path in (workdir / "checkpoints").glob("*/")]
-    numbers = [int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)]
+    numbers = [int(name) for name in names if re.fullmatch(STEP, name)]
     return sorted(numbers, reverse=True)
 
 
@@ -107,29 +106,53 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def newest_intact(workdir: Path) -> tuple[int, list[str]]:
+def find(
+    path: Path, step: int | None = None, option: str = "workdir"
+) -> tuple[Path, int, list[str]]:
+    """The workdir and the step of the checkpoint that a path means, and a line on each damaged one.
+
+    path: a workdir, of which `step` is meant, or the newest that is intact; or a checkpoint itself,
+    as in runs/digits/checkpoints/3000. Raises InputError, naming `option` or "step".
+    """
+    if path.parent.name == "checkpoints" and re.fullmatch(STEP, path.name):
+        named = int(path.name)
+        require(step in (None, named), "step", step, f"left out: {str(path)!r} is of step {named}")
+        return find(path.parent.parent, named, option)
+    kept = steps(path)
+    if step is None or not kept:
+        return path, *newest_intact(path, option)
+    numbers = ", ".join(map(str, kept))
+    require(step in kept, "step", step, f"one of {numbers}, which {str(path)!r} keeps")
+    problem = damage(step_folder(path, step))
+    require(problem is None, "step", step, f"of an intact checkpoint, in which {problem}")
+    check_layout(path, step, option)
+    return path, step, []
+
+
+def newest_intact(workdir: Path, option: str = "workdir") -> tuple[int, list[str]]:
     """The newest step whose checkpoint is intact, and a line on each damaged newer one.
 
-    Raises InputError if there is none, or if an older version of this project wrote it.
+    Raises InputError, naming `option`, if there is none, or if an older version of this project
+    wrote it.
     """
     broken = {}
     for step in steps(workdir):
         problem = damage(step_folder(workdir, step))
         if problem is None:
-            check_layout(workdir, step)
+            check_layout(workdir, step, option)
             return step, [f"checkpoint {n}: {why}; using {step}" for n, why in broken.items()]
         broken[step] = problem
     reasons = "; ".join(f"{step}: {problem}" for step, problem in broken.items())
     raise InputError(
-        f"workdir: {str(workdir)!r} should hold an intact checkpoint in checkpoints/ "
+        f"{option}: {str(workdir)!r} should hold an intact checkpoint in checkpoints/ "
         f"({reasons or 'train.py writes them'})"
     )
 
 
-def check_layout(workdir: Path, step: int) -> None:
+def check_layout(workdir: Path, step: int, option: str) -> None:
     is_current = (step_folder(workdir, step) / "dataset/metadata").is_file()
     expected = "of this version: an older one wrote its checkpoints; train or convert again"
-    require(is_current, "workdir", str(workdir), expected)
+    require(is_current, option, str(workdir), expected)
 
 
 def stored_config(workdir: Path, step: int) -> Config:
@@ -151,12 +174,17 @@ def stored_dataset(workdir: Path, step: int) -> dict[str, Any]:
     facts = read_json(path)
     are_facts = facts.keys() == dataset_facts((), None).keys()
     require(are_facts, str(path), sorted(facts), "class_names and num_examples")
-    names, count = facts["class_names"], stored_config(workdir, step).data.num_classes
+    check_names(path, facts["class_names"], stored_config(workdir, step))
+    check_value(f"{path}: num_examples", facts["num_examples"], PositiveInt | None)
+    return facts
+
+
+def check_names(path: Path, names: Any, config: Config) -> None:
+    """Raises InputError unless the names that a file holds are those of the config's classes."""
+    count = config.data.num_classes
     are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
     fits = are_names and len(names) == count
     require(fits, f"{path}: class_names", names, f"the names of {count} classes")
-    check_value(f"{path}: num_examples", facts["num_examples"], PositiveInt | None)
-    return facts
 
 
 def stored_metrics(workdir: Path, step: int) -> dict[str, float]:
@@ -167,82 +195,6 @@ def stored_metrics(workdir: Path, step: int) -> dict[str, float]:
         check_value(f"{path}: {name}", value, PositiveInt if name == "steps" else float)
     require(not sums or "steps" in sums, str(path), sums, "sums of metrics and their steps")
     return sums
-
-
-# Which run may go on
-
-
-def differences(ours: Config, theirs: Config) -> list[str]:
-    """What keeps a run from going on under another config: ["model.depth: 4, where 6 is ...", ...].
-
-    What a run computes may not change. Where it computes and keeps its files, how it is split up,
-    how long it lasts and what it logs may.
-    """
-    names = [
-        f"{section}.{field.name}"
-        for section in ("model", "objective", "data", "optim")
-        for field in dataclasses.fields(getattr(ours, section))
-    ]
-    names += ["input_shape", "train.batch_size", "train.seed", "train.dtype"]
-    if ours.optim.schedule == "cosine":
-        names.append("train.steps")
-    may_differ = ("model.remat", "optim.accumulate", "data.latents", "data.vae")
-    lines = []
-    for name in names:
-        value, stored = operator.attrgetter(name)(ours), operator.attrgetter(name)(theirs)
-        if value != stored and name not in may_differ:
-            lines.append(f"{name}: {value!r}, where {stored!r} is stored")
-    return lines
-
-
-def step_to_resume(config: Config, dataset: Dataset) -> tuple[int, list[str]]:
-    """The step that a run goes on from, 0 for a new one, and a line on each damaged checkpoint.
-
-    Raises InputError if the workdir holds a run of another kind.
-    """
-    workdir = config.workdir
-    if not steps(workdir):
-        return 0, []
-    step, damaged = newest_intact(workdir)
-    examples, stored = len(dataset.records), stored_dataset(workdir, step)["num_examples"]
-    expected = "a run's folder or new: it holds converted weights, from which no run goes on"
-    require(stored is not None, "train.workdir", str(workdir), expected)
-    changes = differences(config, stored_config(workdir, step))
-    if stored != examples:
-        changes.append(f"data: {examples} images, where the run was trained on {stored}")
-    if changes:
-        raise InputError(
-            f"{changes[0]} in {str(workdir)!r}; a run goes on with the config it began with, so "
-            "set it back or choose another --name"
-        )
-    return step, damaged
-
-
-def prepare_workdir(config: Config, start: int) -> contextlib.ExitStack:
-    """Makes the workdir and writes config.json; no other run can use it until the result is closed.
-
-    Checkpoints after step `start` are damaged: they are renamed, so that Orbax does not see them.
-    Raises InputError if it is in use or cannot be written.
-    """
-    import jax
-
-    lock = contextlib.ExitStack()
-    try:
-        for name in ("samples", "checkpoints"):
-            (config.workdir / name).mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            lock.enter_context(locked(config.workdir, "train.workdir"))
-            (config.workdir / "config.json").write_text(config.to_json() + "\n")
-            for step in steps(config.workdir):
-                if step > start:
-                    folder = step_folder(config.workdir, step)
-                    folder.rename(folder.with_name(f"broken-{step}-{int(time.time())}"))
-        return lock
-    except OSError as error:
-        raise InputError(
-            f"train.workdir: {str(config.workdir)!r} should be a folder that can be written "
-            f"({error.strerror})"
-        ) from error
 
 
 # Writing and reading
@@ -424,15 +376,18 @@ def restore_item(folder: Path, target: Any) -> Any:
         ) from error
 
 
-def arrays_by_name(tree: Any) -> dict[str, str]:
-    """{"blocks.mlp.up.kernel.value": "float32[2, 20, 80]", ...} of arrays or their metadata."""
+def leaves_by_name(tree: Any) -> dict[str, Any]:
+    """{"blocks.mlp.up.kernel.value": ..., ...}, in the order of the tree's leaves."""
     import jax
 
-    arrays = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        arrays[name] = f"{leaf.dtype}{list(leaf.shape)}"
-    return arrays
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def arrays_by_name(tree: Any) -> dict[str, str]:
+    """{"blocks.mlp.up.kernel.value": "float32[2, 20, 80]", ...} of arrays or their metadata."""
+    leaves = leaves_by_name(tree)
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}
 
 
 def load(
@@ -444,17 +399,18 @@ def load(
 ) -> tuple[DiT, Config]:
     """The model of a workdir's newest intact checkpoint, or of converted weights, and its config.
 
-    ema: the averaged weights; False takes the last ones. sharding: of every parameter; None is the
-    first device. dtype: of the products; None is the training's. step: of a checkpoint known to be
+    path: the workdir, or one checkpoint of it, as in runs/digits/checkpoints/3000. ema: the
+    averaged weights; False takes the last ones. sharding: of every parameter; None is the first
+    device. dtype: of the products; None is the training's. step: of a checkpoint known to be
     intact; None looks for the newest and warns of damaged ones. Raises InputError.
     """
     import jax
 
-    from dit.state import make_model, with_shardings
+    from dit.state import abstract_model, with_shardings
 
     workdir = Path(path)
     if step is None:
-        step, damaged = newest_intact(workdir)
+        workdir, step, damaged = find(workdir)
         for line in damaged:
             warnings.warn(line, stacklevel=2)
     config = stored_config(workdir, step)
@@ -462,7 +418,7 @@ def load(
         config = replace(config, train=dict(dtype=dtype))
     item = step_folder(workdir, step) / ("ema" if ema else "model")
     require(item.is_dir(), "ema", ema, "True: converted weights are one set")
-    shapes = jax.eval_shape(lambda: make_model(config, jax.random.key(0)))
+    shapes = abstract_model(config)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = with_shardings(shapes, jax.tree.map(lambda leaf: sharding, shapes))
     model = restore_item(item, target)

@@ -8,10 +8,11 @@ line on stderr.
 import contextlib
 import ctypes
 import difflib
+import functools
+import importlib.util
 import io
 import os
 import re
-import runpy
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -30,12 +31,16 @@ from dit.config import (
     check_fields,
     check_value,
     one_line,
+    replace,
     require,
 )
 
 Options = TypeVar("Options")
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"  # presets lie in the checkout
+FOLDER = Path(__file__).resolve().parent
+# presets lie beside the package in a checkout, and in it where it is installed
+PARENT = FOLDER if (FOLDER / "configs").is_dir() else FOLDER.parent
+CONFIGS = PARENT / "configs"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimal-dit"
 
 
@@ -57,13 +62,32 @@ def load_preset(name_or_file: str) -> Config:
             f"the nearest preset is {near[0]!r} of {', '.join(names)}" if near else f"no {CONFIGS}"
         )
         raise InputError(f"preset: {name_or_file!r} is neither a preset nor a Python file; {hint}")
-    try:
-        config = runpy.run_path(str(path)).get("config")
-    except Exception as error:  # whatever a user's file does
-        raise InputError(f"{path}: {type(error).__name__}: {one_line(error)}") from error
+    config = run_file(path, path.stat().st_mtime_ns)
+    if isinstance(config, InputError):
+        raise config
     require(isinstance(config, Config), f"{path}: config", config, "a Config(...)")
     check_fields(config)
     return config
+
+
+@functools.cache
+def run_file(path: Path, modified: int) -> Any:
+    """What a Python file defines as `config`, or the InputError of running it.
+
+    It is run once, as it may hold a TFDS builder, which is registered once. It can import what lies
+    beside it.
+    """
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # at the end, so that nothing in it hides a package
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}".replace(".", "_"), path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where TFDS looks for the builder's file
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
+    except Exception as error:  # whatever a user's file does
+        return InputError(f"{path}: {type(error).__name__}: {one_line(error)}")
+    return vars(module).get("config")
 
 
 # Command lines
@@ -118,8 +142,13 @@ def parse_preset(
     description: str,
     make_default: Callable[[Config], Options],
 ) -> Options:
-    """A dataclass whose defaults come from the preset that the line begins with."""
+    """A dataclass whose defaults come from the preset that the line begins with.
+
+    A preset's number of classes is that of its own data: with other data it is left open.
+    """
     preset, flags = split_preset(argv, kind, prog, description)
+    if any(re.match(r"--data\.(name|latents)(=|$)", flag) for flag in flags):
+        preset = replace(preset, data=dict(num_classes=None))
     prog, kind = f"{prog} {argv[0]}", tyro.conf.FlagConversionOff[kind]
     return parse(kind, flags, prog, description, default=make_default(preset))
 

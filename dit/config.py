@@ -50,8 +50,8 @@ class Diverged(RuntimeError):
 def diverged(what: str, folder: Path) -> Diverged:
     """The error of a run that keeps its checkpoints in a folder."""
     return Diverged(
-        f"{what} should be finite; the checkpoints in {str(folder)!r} are from before it; begin "
-        "again under another --name with a lower optim.learning_rate, or with optim.grad_clip"
+        f"{what} should be finite; the checkpoints in {str(folder)!r} are from before it; the same "
+        "command goes on from the newest, with a lower optim.learning_rate, or with optim.grad_clip"
     )
 
 
@@ -104,7 +104,6 @@ Workdir = Annotated[LocalPath | None, tyro.conf.arg(aliases=("--workdir",))]
 # The sections
 
 
-Conditioning = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
 Remat = Literal["none", "dots", "full"]
 Variance = Literal["learned_range", "fixed_small", "fixed_large"]
 Sampler = Literal["ddpm", "ddim", "euler", "heun"]
@@ -126,7 +125,7 @@ class Model:
     num_heads: PositiveInt = 6  # attention heads; divides hidden_size
     patch_size: PositiveInt = 2  # side of a patch, in pixels (in latent pixels where data.latents)
     mlp_ratio: PositiveFloat = 4.0  # width of the MLP, as a multiple of hidden_size
-    conditioning: Conditioning = "adaln_zero"  # how timestep and class enter a block
+    conditioning: str = "adaln_zero"  # block: adaln_zero, adaln, cross_attention, in_context
     remat: Remat = "none"  # of a block the backward pass computes again: all but its dots, or all
 
 
@@ -152,11 +151,11 @@ class Objective:
 
 @dataclass(frozen=True)
 class Data:
-    name: str = "digits"  # `digits` (embedded), or any TFDS image set with a label
-    split: str = "train"  # TFDS split, such as `train` or `train[:90%]`
+    name: str = "digits"  # `digits`, a TFDS image set with a label, or a folder of class folders
+    split: str = "train"  # such as `train`, `train[:90%]` or, of a folder with val/ in it, `val`
     image_size: PositiveInt = 8  # side, in pixels; other sizes are centre-cropped and resized
     channels: Literal[1, 3] = 1  # colours of an image
-    num_classes: PositiveInt = 10  # labels are 0 .. num_classes - 1; num_classes is the null class
+    num_classes: PositiveInt | None = None  # None is the data set's; label num_classes is null
     latents: AnyPath | None = None  # folder of VAE latents by dit.imagenet.latents; None is pixels
     latent_scale: PositiveFloat = 0.18215  # makes the latents' standard deviation about 1
     vae: AnyPath | None = None  # folder of the VAE that decodes latents, for sample grids
@@ -199,6 +198,7 @@ class Train:
     sample_steps: PositiveInt = 50  # denoising steps of the grids; with heun two forwards each
     guidance: float = 2.0  # guidance scale of the sample grids; 1 is none
     wandb: bool = False  # log to Weights & Biases too (needs the `wandb` extra)
+    init_from: AnyPath | None = None  # a run or weights; what fits of them a new run begins with
     workdir: Workdir = None  # where the run is kept; None is runs/NAME
 
 
@@ -289,12 +289,13 @@ def from_fields(kind: type, values: Any, prefix: str = "") -> Any:
     return kind(**fields)
 
 
-def replace(config: Config, **sections: dict[str, Any]) -> Config:
+def replace(config: Config, name: str | None = None, **sections: dict[str, Any]) -> Config:
     """The config with some fields changed, such as `replace(config, train=dict(steps=3))`."""
-    for name, changes in sections.items():
-        section = dataclasses.replace(getattr(config, name), **changes)
-        config = dataclasses.replace(config, **{name: section})
-    return config
+    changed = {
+        section: dataclasses.replace(getattr(config, section), **changes)
+        for section, changes in sections.items()
+    }
+    return dataclasses.replace(config, name=name or config.name, **changed)
 
 
 # Each field on its own
@@ -377,13 +378,17 @@ def check_sampler(name: str, sampler: str, objective: Objective) -> None:
     require(sampler in samplers, name, sampler, expected)
 
 
+def check_steps(name: str, steps: int, objective: Objective) -> None:
+    """Raises InputError for more denoising steps than the model has timesteps."""
+    most = objective.num_steps if objective.name == "ddpm" else MAX_STEPS
+    require(1 <= steps <= most, name, steps, f"from 1 to the model's {most} timesteps")
+
+
 def check_masks(config: Config) -> None:
-    masks, conditioning = config.data.mask_classes, config.model.conditioning
+    masks = config.data.mask_classes
     mask_dropout, label_dropout = config.objective.mask_dropout, config.objective.label_dropout
     if masks == 0:
         return
-    uniform = f"0 with model.conditioning = {conditioning!r}, which cannot vary in space"
-    require(conditioning in ("adaln_zero", "adaln"), "data.mask_classes", masks, uniform)
     require(not config.data.latents, "data.mask_classes", masks, "0 with data.latents")
     enough = f"at least objective.label_dropout = {label_dropout}: a label goes with its mask"
     require(mask_dropout >= label_dropout, "objective.mask_dropout", mask_dropout, enough)

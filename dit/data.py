@@ -15,7 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit.config import LATENT_CHANNELS, VAE_FACTOR, Config, Data, InputError, one_line, require
+from dit.config import (
+    LATENT_CHANNELS,
+    VAE_FACTOR,
+    Config,
+    Data,
+    InputError,
+    one_line,
+    replace,
+    require,
+)
+from dit.folder import is_folder, open_folder
 from dit.images import from_uint8
 from dit.log import Progress, say
 from dit.tfds import (
@@ -61,10 +71,15 @@ def open_dataset(config: Data) -> Dataset:
     return open_images(config)
 
 
+def with_num_classes(config: Config, dataset: Dataset) -> Config:
+    """The config with its data set's number of classes, where it leaves it open."""
+    return replace(config, data=dict(num_classes=len(dataset.class_names)))
+
+
 def check_classes(config: Data, class_names: tuple[str, ...]) -> None:
     count = len(class_names)
     expected = f"{count}, the classes of {config.name!r}"
-    require(config.num_classes == count, "data.num_classes", config.num_classes, expected)
+    require(config.num_classes in (None, count), "data.num_classes", config.num_classes, expected)
 
 
 # Images in memory
@@ -115,9 +130,14 @@ def ink_masks(images: np.ndarray) -> np.ndarray:
     return cells.repeat(2, axis=1).repeat(2, axis=2).astype(np.uint8)
 
 
+def open_decoded(config: Data) -> tuple[Decoded, tuple[str, ...]]:
+    """The images of a folder or of a TFDS data set, decoded when they are read, and class names."""
+    return open_folder(config) if is_folder(config.name) else open_tfds(config)
+
+
 def open_images(config: Data) -> Dataset:
-    """The images of a TFDS data set: in memory if they are few, otherwise decoded when read."""
-    records, class_names = open_tfds(config)
+    """Images in memory if they are few, otherwise decoded when they are read."""
+    records, class_names = open_decoded(config)
     check_classes(config, class_names)
     is_small = len(records) * config.image_size**2 * config.channels <= MEMORY_LIMIT
     return Dataset(decode_all(records) if is_small else records, class_names)
@@ -145,10 +165,15 @@ def decode_all(records: Decoded) -> InMemory | Decoded:
     return InMemory(arrays["image"], arrays["label"], arrays.get("mask"))
 
 
-def tfds_config(name: str, split: str, image_size: int) -> Data:
-    """The config of a whole data set, its channels and classes filled in. Raises InputError."""
+def tfds_config(name: str, split: str, image_size: int, channels: int = 3) -> Data:
+    """The config of a whole data set, its channels and classes filled in. Raises InputError.
+
+    `channels` is for a folder, whose pictures are taken in either.
+    """
     if name == "digits":
         return Data()
+    if is_folder(name):
+        return Data(name=name, split=split, image_size=image_size, channels=channels)
     builder = tfds_builder(name)
     image_key, label_key = record_keys(builder)
     features = builder.info.features
@@ -297,7 +322,10 @@ def augment(
 def null_condition(condition: Condition, config: Data) -> Condition:
     """The null class and, with masks, the null mask, in the shapes of a condition."""
     null = {"y": config.num_classes, "mask": config.mask_classes}
-    return {name: jnp.full_like(value, null[name]) for name, value in condition.items()}
+    nulls = {name: jnp.full_like(value, null[name]) for name, value in condition.items()}
+    if condition["y"].ndim == 2:  # weights of the classes, the last of them null
+        nulls["y"] = jnp.zeros_like(condition["y"]).at[:, -1].set(1)
+    return nulls
 
 
 def drop_condition(condition: Condition, key: jax.Array, config: Config) -> Condition:

@@ -124,6 +124,10 @@ class DDPM:
         """What the network is given at times t `[B]`."""
         return jnp.asarray(self.timesteps)[t]
 
+    def noise_levels(self, num_steps: int) -> np.ndarray:
+        """The weight of the noise in (1) before the first of so many steps and after each."""
+        return np.append(np.sqrt(1 - self.respaced(num_steps).alphas_cumprod[::-1]), 0.0)
+
     # The forward process
 
     def q_sample(self, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:

@@ -48,8 +48,12 @@ class Flow:
 
     def steps(self, num_steps: int) -> np.ndarray:
         """The equal steps from noise to image, each from a t to an s below it: `[num_steps, 2]`."""
-        times = np.linspace(1, 0, num_steps + 1)
+        times = self.noise_levels(num_steps)
         return np.stack([times[:-1], times[1:]], axis=1).astype(np.float32)
+
+    def noise_levels(self, num_steps: int) -> np.ndarray:
+        """The weight of the noise in (1) before the first of so many steps and after each."""
+        return np.linspace(1, 0, num_steps + 1)
 
     def draw_time(self, key: jax.Array) -> jax.Array:
         """A time to train on, a scalar."""

@@ -108,16 +108,16 @@ def reached(grads: DiT) -> dict[str, jax.Array]:
         layers = leaf if is_stack else leaf[None]  # [layers, ...]
         pieces = {"": layers}
         if is_stack and path[1].name == "modulation":
-            pieces = columns_of(layers, grads.conditioning)
+            pieces = columns_of(layers, grads.blocks.modulation.num_vectors)
         for column, piece in pieces.items():
             values = piece.reshape(len(piece), -1)
             flags.setdefault(group_of(path, column), []).append(jnp.any(values != 0, axis=1))
     return {group: jnp.concatenate(parts) for group, parts in flags.items()}
 
 
-def columns_of(modulation: jax.Array, conditioning: str) -> dict[str, jax.Array]:
+def columns_of(modulation: jax.Array, num_vectors: int) -> dict[str, jax.Array]:
     """A modulation's kernel or bias `[L, ..., 6 D]`, both branches', by shift, scale and gate."""
-    names = ["shift", "scale", "gate"] if conditioning == "adaln_zero" else ["shift", "scale"]
+    names = ["shift", "scale", "gate"][: num_vectors // 2]  # of 6 or, without gates, 4
     first, second = jnp.split(modulation, 2, axis=-1)
     both = jnp.stack([first, second], axis=1)  # [L, 2, ..., 3 D]
     return dict(zip(names, jnp.split(both, len(names), axis=-1), strict=True))
@@ -215,4 +215,5 @@ def run(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(CONFIG))
+    with cli.exit_status("dit.identity"):
+        sys.exit(run(CONFIG))

@@ -15,6 +15,8 @@ from dit.config import InputError, one_line, require
 from dit.files import whole
 
 BATCH = 64  # images of an .npz that are read at a time
+FRAME_MILLISECONDS = 100  # of a GIF
+REST_MILLISECONDS = 2000  # of its last frame
 
 Image.MAX_IMAGE_PIXELS = 2**25  # Pillow warns of more, and refuses more than twice as many
 
@@ -69,10 +71,21 @@ def centre_crop(image: np.ndarray, size: int, labels: bool = False) -> np.ndarra
     return np.asarray(picture.crop((left, top, left + size, top + size))).reshape(size, size, -1)
 
 
-def save_grid(path: str | Path, images: np.ndarray, row_names: list[str]) -> None:
-    """Writes uint8 images `[rows * columns, H, W, C]` as a PNG, each row behind its name.
+def fitting_font(names: list[str], width: int, largest: int) -> ImageFont.FreeTypeFont:
+    """The largest font in which every name is at most `width` pixels wide, down to 8 points."""
+    for size in range(largest, 8, -1):
+        font = ImageFont.load_default(size=size)
+        if max(font.getlength(name) for name in names) <= width:
+            return font
+    return ImageFont.load_default(size=8)
 
-    Images of fewer than 64 pixels are enlarged.
+
+def draw_grid(
+    images: np.ndarray, row_names: list[str], column_names: list[str] | None = None
+) -> Image.Image:
+    """A picture of uint8 images `[rows * columns, H, W, C]`, each row behind its name.
+
+    Column names stand over the first columns. Images of fewer than 64 pixels are enlarged.
     """
     N, H, W, C = images.shape
     rows, columns = len(row_names), N // len(row_names)
@@ -81,19 +94,51 @@ def save_grid(path: str | Path, images: np.ndarray, row_names: list[str]) -> Non
     images = np.broadcast_to(
         images.repeat(zoom, axis=1).repeat(zoom, axis=2), (N, height, width, 3)
     )
-    font = ImageFont.load_default(size=max(12, min(height // 3, 24)))
+    font_size = max(12, min(height // 3, 24))
+    font = ImageFont.load_default(size=font_size)
     margin = 12 + max(int(font.getlength(name)) for name in row_names)
-    size = (margin + columns * (width + gap), rows * (height + gap) + gap)
+    header = 0 if column_names is None else font_size + 8
+    size = (margin + columns * (width + gap), header + rows * (height + gap) + gap)
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
+    if column_names is not None:
+        small = fitting_font(column_names, width - 8, font_size)
+        for column, name in enumerate(column_names):
+            middle = margin + column * (width + gap) + width // 2
+            pen.text((middle, header // 2 + 1), name, fill="black", font=small, anchor="mm")
     for row, name in enumerate(row_names):
-        top = gap + row * (height + gap)
+        top = header + gap + row * (height + gap)
         pen.text((6, top + height // 2), name, fill="black", font=font, anchor="lm")
         for column in range(columns):
             tile = Image.fromarray(np.ascontiguousarray(images[row * columns + column]))
             sheet.paste(tile, (margin + column * (width + gap), top))
+    return sheet
+
+
+def save_grid(
+    path: str | Path,
+    images: np.ndarray,
+    row_names: list[str],
+    column_names: list[str] | None = None,
+) -> None:
+    """Writes the picture of `draw_grid`, as a PNG."""
     with whole(Path(path)) as unfinished:
-        sheet.save(unfinished, "PNG")
+        draw_grid(images, row_names, column_names).save(unfinished, "PNG")
+
+
+def save_gif(
+    path: str | Path, frames: np.ndarray, row_names: list[str], frame_names: list[str]
+) -> None:
+    """Writes uint8 frames `[F, rows * columns, H, W, C]` as a GIF of grids, each under its name.
+
+    It runs for ever, and rests at the last frame.
+    """
+    named = zip(frames, frame_names, strict=True)
+    first, *others = [draw_grid(images, row_names, [name]) for images, name in named]
+    milliseconds = [FRAME_MILLISECONDS for _ in others] + [REST_MILLISECONDS]
+    timing = dict(save_all=True, duration=milliseconds, loop=0)
+    with whole(Path(path)) as unfinished:
+        first.save(unfinished, "GIF", append_images=others, **timing)
 
 
 # .npz files too large for memory

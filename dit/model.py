@@ -14,6 +14,7 @@ from flax import nnx
 from dit.config import (
     PRESETS as PRESETS,
 )  # the paper's twelve sizes: DiT(**PRESETS["DiT-XL/2"], ...)
+from dit.config import require
 from dit.linear import Linear, multiply
 from dit.normalization import Modulation, layer_norm, modulate, xavier, zero_init
 from dit.sharding import gather, has_cudnn_attention, is_one_cpu
@@ -181,11 +182,14 @@ class MLP(nnx.Module):
         return self.down(gelu(self.up(x)))
 
 
-# The four block designs of the paper: x [B, T, D] and the condition c to [B, T, D]
+# The four block designs of the paper: x [B, T, D] and the condition c to [B, T, D]. Where the block
+# is `adaptive`, c is a vector of the image or of each token, elsewhere the sequence of t and y.
 
 
 class AdaLNZeroBlock(nnx.Module):
     """adaLN-Zero: c `[B, 1 or T, D]` shifts, scales and gates, all from zero: x comes out as x."""
+
+    adaptive = True
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, dtype, rngs):
         self.modulation = Modulation(hidden_size, 6, kernel_init=zero_init, dtype=dtype, rngs=rngs)
@@ -202,6 +206,8 @@ class AdaLNZeroBlock(nnx.Module):
 class AdaLNBlock(nnx.Module):
     """adaLN: c `[B, 1 or T, D]` shifts and scales; there are no gates and no zeros."""
 
+    adaptive = True
+
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, dtype, rngs):
         self.modulation = Modulation(hidden_size, 4, kernel_init=xavier, dtype=dtype, rngs=rngs)
         self.attention = SelfAttention(hidden_size, num_heads, dtype=dtype, rngs=rngs)
@@ -217,6 +223,8 @@ class AdaLNBlock(nnx.Module):
 class CrossAttentionBlock(nnx.Module):
     """Cross-attention: after itself, x attends to the sequence c `[B, 2, D]` of t and y."""
 
+    adaptive = False
+
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, dtype, rngs):
         self.attention = SelfAttention(hidden_size, num_heads, dtype=dtype, rngs=rngs)
         self.cross_attention = CrossAttention(hidden_size, num_heads, dtype=dtype, rngs=rngs)
@@ -231,6 +239,8 @@ class CrossAttentionBlock(nnx.Module):
 
 class InContextBlock(nnx.Module):
     """In-context: a plain ViT block. t and y are tokens of x, and c is not used."""
+
+    adaptive = False
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, dtype, rngs):
         self.attention = SelfAttention(hidden_size, num_heads, dtype=dtype, rngs=rngs)
@@ -248,6 +258,15 @@ BLOCKS = {
     "cross_attention": CrossAttentionBlock,
     "in_context": InContextBlock,
 }
+
+
+def check_block(conditioning: str, mask_classes: int) -> None:
+    """Raises InputError for a name that is none of BLOCKS', or a block that takes no mask."""
+    one = f"one of {', '.join(BLOCKS)}"
+    require(conditioning in BLOCKS, "model.conditioning", conditioning, one)
+    fits = BLOCKS[conditioning].adaptive or mask_classes == 0
+    uniform = f"0 with model.conditioning = {conditioning!r}, which cannot vary in space"
+    require(fits, "data.mask_classes", mask_classes, uniform)
 
 
 # Behind the blocks
@@ -287,11 +306,12 @@ class DiT(nnx.Module):
     """The Diffusion Transformer.
 
     `model(x, t, y, mask=None)`: x `[B, H, W, C]`; t `[B]`, or `[1]` for all of x, 0 .. 1000, may be
-    fractional; y `[B]` int, `num_classes` is the null class; with `mask_classes`, mask `[B, H, W]`
-    int, `mask_classes` is the null mask. Returns float32 `[B, H, W, 2C]`, the noise and then the
-    variance logits, or `[B, H, W, C]` without `learn_sigma`: the noise, or what flow predicts.
-    `dtype` is the type of the products inside the blocks; the residual stream, norms, GELU and
-    softmax are float32, as is all before and behind the blocks.
+    fractional; y `[B]` int, `num_classes` is the null class, or weights of the classes to mix,
+    `[B, num_classes + 1]` float; with `mask_classes`, mask `[B, H, W]` int, `mask_classes` is the
+    null mask. Returns float32 `[B, H, W, 2C]`, the noise and then the variance logits, or
+    `[B, H, W, C]` without `learn_sigma`: the noise, or what flow predicts. `dtype` is the type of
+    the products inside the blocks; the residual stream, norms, GELU and softmax are float32, as is
+    all before and behind the blocks.
     """
 
     def __init__(
@@ -312,6 +332,7 @@ class DiT(nnx.Module):
         remat: str = "none",
         rngs: nnx.Rngs,
     ):
+        check_block(conditioning, mask_classes)
         self.input_size = input_size
         self.patch_size = patch_size
         self.in_channels = in_channels
@@ -346,7 +367,14 @@ class DiT(nnx.Module):
     @property
     def adaptive(self) -> bool:
         """Whether the condition acts on the layer norms, one vector for the image or a token."""
-        return self.conditioning in ("adaln_zero", "adaln")
+        return self.blocks.adaptive
+
+    def embed_label(self, y: jax.Array) -> jax.Array:
+        """Labels `[B]`, or weights of the classes `[B, num_classes + 1]`, to `[B, D]`."""
+        table = gather(self.label_embed.embedding[...])  # [num_classes + 1, D]
+        if y.ndim == 1:
+            return table[y]
+        return multiply("bk,kd->bd", y, table, jnp.float32, jnp.float32)
 
     def condition(self, t: jax.Array, y: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """The condition c of the blocks.
@@ -355,7 +383,7 @@ class DiT(nnx.Module):
         In the others the sequence of the two, `[B, 2, D]`.
         """
         t = self.timestep_embed(t)[:, None]  # [B or 1, 1, D]
-        y = gather(self.label_embed.embedding[...])[y][:, None]  # [B, 1, D]
+        y = self.embed_label(y)[:, None]  # [B, 1, D]
         if not self.adaptive:
             return jnp.concatenate([jnp.broadcast_to(t, y.shape), y], axis=1)
         return t + y if mask is None else t + y + self.mask_embed(mask)
@@ -368,7 +396,7 @@ class DiT(nnx.Module):
         x = x + positions
         c = self.condition(t, y, mask)  # [B, 1, D], [B, T, D] or [B, 2, D]
         num_patches = x.shape[1]
-        if self.conditioning == "in_context":
+        if isinstance(self.blocks, InContextBlock):
             x = jnp.concatenate([x, c], axis=1)  # [B, T + 2, D]
 
         def apply_block(x: jax.Array, block: nnx.Module) -> tuple[jax.Array, None]:
@@ -397,27 +425,30 @@ def count_parameters(module: nnx.Module) -> int:
 def multiply_adds(model: DiT) -> int:
     """Multiply-adds of one image's forward pass, matrix products only: the paper's "Gflops" x 1e9.
 
-    FLOPs are twice as many, and those of a training step TRAINING_FLOPS times.
+    FLOPs are twice as many, and those of a training step TRAINING_FLOPS times. Of a block of one's
+    own, the parts are counted that are of this file.
     """
     D, p = model.hidden_size, model.patch_size
     patches = (model.input_size // p) ** 2
     patch_values = p**2 * model.in_channels
-    tokens = patches + (2 if model.conditioning == "in_context" else 0)
+    tokens = patches + (2 if isinstance(model.blocks, InContextBlock) else 0)
     conditions = patches if model.mask_classes else 1  # vectors c of an image
 
     embeddings = patches * patch_values * D + TIMESTEP_FEATURES * D + D * D
     if model.mask_classes:
         pixel = 9 * model.mask_classes * MASK_FEATURES + MASK_FEATURES * D
         embeddings += patches * p**2 * pixel
-    attention = 4 * tokens * D * D + 2 * tokens * tokens * D
-    mlp = 2 * tokens * D * int(D * model.mlp_ratio)
-    conditioning = {
-        "adaln_zero": 6 * conditions * D * D,
-        "adaln": 4 * conditions * D * D,
-        "cross_attention": 2 * tokens * D * D + 4 * D * D + 4 * tokens * D,
-        "in_context": 0,
-    }[model.conditioning]
+    block = 0
+    for _, layer in nnx.iter_modules(model.blocks):
+        if isinstance(layer, SelfAttention):
+            block += 4 * tokens * D * D + 2 * tokens * tokens * D
+        elif isinstance(layer, CrossAttention):
+            block += 2 * tokens * D * D + 4 * D * D + 4 * tokens * D
+        elif isinstance(layer, MLP):
+            block += 2 * tokens * D * layer.up.out_features
+        elif isinstance(layer, Modulation):
+            block += layer.num_vectors * conditions * D * D
     final = patches * D * patch_values * (2 if model.learn_sigma else 1)
     if model.adaptive:
         final += 2 * conditions * D * D
-    return embeddings + model.depth * (attention + mlp + conditioning) + final
+    return embeddings + model.depth * block + final

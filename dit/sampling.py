@@ -3,7 +3,8 @@
 `denoise(x, t)` takes x `[B, H, W, C]` and the network's t `[1]`, DDPM's original timestep or 1000
 times flow's time, which all of x is at, and returns what the network does. Each sampler is one
 `lax.scan` from pure noise to an image, to be called under one `jit`. Everything random in sample i
-comes from keys[i].
+comes from keys[i]. With `trajectory` a sampler also returns a Trajectory of at most `frames` states
+on the way.
 
     DDPM (Ho et al., 2006.11239): x_{t-1} ~ p(x_{t-1} | x_t)
     DDIM (Song et al., 2010.02502, Eq. 12):
@@ -16,6 +17,7 @@ comes from keys[i].
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,18 @@ from dit.flow import Flow
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 Correction = Callable[[jax.Array], jax.Array] | None  # of each prediction of x_0
+
+FRAMES = 9  # of a Trajectory, unless it is asked for more or fewer
+
+
+class Trajectory(NamedTuple):
+    """States x_t of a sampler, evenly chosen from pure noise to the image."""
+
+    x: jax.Array  # [F, B, H, W, C]
+    noise_level: np.ndarray  # that of the process, from about 1 to 0; [F]
+
+
+Result = jax.Array | tuple[jax.Array, Trajectory]  # x_0 [B, H, W, C], with its trajectory if asked
 
 
 def paired(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -89,6 +103,41 @@ def sample_noise(keys: jax.Array, t: jax.Array, shape: tuple[int, ...]) -> jax.A
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), shape))(keys)
 
 
+def kept_steps(num_steps: int, frames: int) -> np.ndarray:
+    """After how many of its steps a sampler keeps a state: evenly from 0 to num_steps, `[F]`."""
+    return np.linspace(0, num_steps, min(frames, num_steps + 1)).round().astype(int)
+
+
+def scan_steps(
+    step: Callable[[jax.Array, jax.Array], jax.Array],
+    x: jax.Array,
+    times: np.ndarray,
+    noise_levels: np.ndarray,
+    trajectory: bool,
+    frames: int,
+) -> Result:
+    """x `[B, H, W, C]` after a step from (x_t, time) at each of the times, `[N, ...]`.
+
+    noise_levels: before the first step and after each, `[N + 1]`. Of the states on the way only
+    those of the trajectory are stored.
+    """
+    if not trajectory:
+        x, _ = jax.lax.scan(lambda x, time: (step(x, time), None), x, times)
+        return x
+    kept = kept_steps(len(times), frames)
+    frame_of_step = np.full(len(times), len(kept))  # past the last: not stored
+    frame_of_step[kept[:-1]] = np.arange(len(kept) - 1)
+
+    def store_and_step(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+        x, stored = carry
+        time, frame = inputs
+        return (step(x, time), stored.at[frame].set(x, mode="drop")), None
+
+    empty = jnp.zeros((len(kept), *x.shape), x.dtype)
+    (x, stored), _ = jax.lax.scan(store_and_step, (x, empty), (times, frame_of_step))
+    return x, Trajectory(stored.at[-1].set(x), noise_levels[kept])
+
+
 def ddpm(
     process: DDPM,
     denoise: Denoise,
@@ -96,20 +145,22 @@ def ddpm(
     shape: tuple[int, int, int],
     num_steps: int,
     correct: Correction = None,
-) -> jax.Array:
+    trajectory: bool = False,
+    frames: int = FRAMES,
+) -> Result:
     """Ancestral sampling of `[B, *shape]`."""
     process = process.respaced(num_steps)
 
-    def step(x: jax.Array, t: jax.Array) -> tuple[jax.Array, None]:
+    def step(x: jax.Array, t: jax.Array) -> jax.Array:
         times = t[None]
         output = denoise(x, process.original_timesteps(times))
         mean, log_variance, _ = process.p_mean_variance(output, x, times, correct)
         noise = jnp.exp(0.5 * log_variance) * sample_noise(keys, t, shape)
-        return jnp.where(t > 0, mean + noise, mean), None
+        return jnp.where(t > 0, mean + noise, mean)
 
     start = sample_noise(keys, process.num_steps, shape)
-    x, _ = jax.lax.scan(step, start, jnp.arange(num_steps)[::-1])
-    return x
+    times, levels = np.arange(num_steps)[::-1], process.noise_levels(num_steps)
+    return scan_steps(step, start, times, levels, trajectory, frames)
 
 
 def ddim(
@@ -120,14 +171,16 @@ def ddim(
     num_steps: int,
     eta: float = 0.0,
     correct: Correction = None,
-) -> jax.Array:
+    trajectory: bool = False,
+    frames: int = FRAMES,
+) -> Result:
     """DDIM sampling of `[B, *shape]`: deterministic at eta 0, as noisy as DDPM at eta 1."""
     process = process.respaced(num_steps)
     previous = process.alphas_cumprod_prev
     sigma = eta * np.sqrt(process.posterior_variance)  # the sigma of Eq. 12
     eps_scale = np.sqrt(np.maximum(1 - previous - sigma**2, 0))
 
-    def step(x: jax.Array, t: jax.Array) -> tuple[jax.Array, None]:
+    def step(x: jax.Array, t: jax.Array) -> jax.Array:
         times = t[None]
         output = denoise(x, process.original_timesteps(times))
         eps, _ = split_output(output, shape[-1])
@@ -138,11 +191,11 @@ def ddim(
         x = at(np.sqrt(previous), times) * x0 + at(eps_scale, times) * eps
         if eta:
             x = x + at(sigma, times) * sample_noise(keys, t, shape)
-        return x, None
+        return x
 
     start = sample_noise(keys, process.num_steps, shape)
-    x, _ = jax.lax.scan(step, start, jnp.arange(num_steps)[::-1])
-    return x
+    times, levels = np.arange(num_steps)[::-1], process.noise_levels(num_steps)
+    return scan_steps(step, start, times, levels, trajectory, frames)
 
 
 def flow_velocity(
@@ -164,16 +217,18 @@ def euler(
     shape: tuple[int, int, int],
     num_steps: int,
     correct: Correction = None,
-) -> jax.Array:
+    trajectory: bool = False,
+    frames: int = FRAMES,
+) -> Result:
     """Samples `[B, *shape]` by Euler's method, of order 1: `num_steps` forwards."""
     velocity = flow_velocity(flow, denoise, correct)
 
-    def step(x: jax.Array, ends: jax.Array) -> tuple[jax.Array, None]:
+    def step(x: jax.Array, ends: jax.Array) -> jax.Array:
         t, s = ends
-        return x + (s - t) * velocity(x, t), None
+        return x + (s - t) * velocity(x, t)
 
-    x, _ = jax.lax.scan(step, sample_noise(keys, 1, shape), flow.steps(num_steps))
-    return x
+    start, levels = sample_noise(keys, 1, shape), flow.noise_levels(num_steps)
+    return scan_steps(step, start, flow.steps(num_steps), levels, trajectory, frames)
 
 
 def heun(
@@ -183,20 +238,21 @@ def heun(
     shape: tuple[int, int, int],
     num_steps: int,
     correct: Correction = None,
-) -> jax.Array:
+    trajectory: bool = False,
+    frames: int = FRAMES,
+) -> Result:
     """Samples `[B, *shape]` by Heun's method, of order 2: `2 num_steps - 1` forwards.
 
     The last step is Euler's, since a prediction of x_0 gives no velocity at t = 0.
     """
     velocity = flow_velocity(flow, denoise, correct)
 
-    def step(x: jax.Array, ends: jax.Array) -> tuple[jax.Array, None]:
+    def step(x: jax.Array, ends: jax.Array) -> jax.Array:
         t, s = ends
         slope = velocity(x, t)
-        slope_ahead = velocity(x + (s - t) * slope, s)
-        return x + (s - t) * (slope + slope_ahead) / 2, None
+        ahead = x + (s - t) * slope
+        slope_ahead = jax.lax.cond(s > 0, lambda: velocity(ahead, s), lambda: slope)
+        return x + (s - t) * (slope + slope_ahead) / 2
 
-    steps = flow.steps(num_steps)
-    x, _ = jax.lax.scan(step, sample_noise(keys, 1, shape), steps[:-1])
-    t, s = steps[-1]
-    return x + (s - t) * velocity(x, t)
+    start, levels = sample_noise(keys, 1, shape), flow.noise_levels(num_steps)
+    return scan_steps(step, start, flow.steps(num_steps), levels, trajectory, frames)

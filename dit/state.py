@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from dit.config import Config, Optim
+from dit.config import Config, Optim, require
 from dit.ddpm import DDPM
 from dit.flow import Flow
 from dit.model import DiT
@@ -32,6 +32,9 @@ def run_keys(config: Config) -> tuple[jax.Array, jax.Array]:
 
 
 def make_model(config: Config, key: jax.Array) -> DiT:
+    """The model of a config. Raises InputError for one that leaves the number of classes open."""
+    classes = config.data.num_classes
+    require(classes, "data.num_classes", classes, "given here, where no data set is opened")
     side, _, channels = config.input_shape
     model = config.model
     return DiT(
@@ -41,7 +44,7 @@ def make_model(config: Config, key: jax.Array) -> DiT:
         hidden_size=model.hidden_size,
         depth=model.depth,
         num_heads=model.num_heads,
-        num_classes=config.data.num_classes,
+        num_classes=classes,
         mlp_ratio=model.mlp_ratio,
         learn_sigma=config.objective.learns_variance,
         conditioning=model.conditioning,
@@ -50,6 +53,11 @@ def make_model(config: Config, key: jax.Array) -> DiT:
         remat=model.remat,
         rngs=nnx.Rngs(params=key),
     )
+
+
+def abstract_model(config: Config) -> DiT:
+    """Shapes and types of a model's parameters, without its arrays."""
+    return jax.eval_shape(lambda: make_model(config, jax.random.key(0)))
 
 
 def make_objective(config: Config) -> DDPM | Flow:

@@ -4,13 +4,16 @@ Images are decoded when they are read. One that is damaged is named and counted,
 its place, so what stands at an index never changes.
 """
 
+import contextlib
 import difflib
+import inspect
 import io
 import logging
 import os
+import struct
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +25,9 @@ from dit.config import Data, InputError, one_line, require
 from dit.images import centre_crop
 
 MAX_DAMAGED = 0.01  # of the records; with more the data set is refused
+MAX_NAMED = 20  # damaged records that are told of
+UNDECODABLE = (OSError, SyntaxError, ValueError, struct.error)  # what Pillow raises
+UNDECODABLE += (Image.DecompressionBombError,)
 
 Record = dict[str, np.ndarray]  # {"image": uint8 [H, W, C], "label": int32}, or with a "mask"
 Batch = dict[str, np.ndarray]  # records, stacked
@@ -31,14 +37,31 @@ class Undecodable(InputError):
     """A record whose image is damaged."""
 
 
-class Decoded:
-    """A TFDS data source as records: decoded, cropped and resized when they are read."""
+def open_bytes(stored: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(stored))
 
-    def __init__(self, source: Any, image_key: str, label_key: str, config: Data):
+
+class Decoded:
+    """A TFDS data source as records: decoded, cropped and resized when they are read.
+
+    `open_image` opens what the source has of an image.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        image_key: str,
+        label_key: str,
+        config: Data,
+        open_image: Callable[[Any], Image.Image] = open_bytes,
+        max_damaged: float = MAX_DAMAGED,
+    ):
         self.source = source
         self.image_key = image_key
         self.label_key = label_key
         self.config = config
+        self.open_image = open_image
+        self.max_damaged = max_damaged
         self.damaged: set[int] = set()
         self.lock = threading.Lock()
         self.pool = ThreadPoolExecutor(os.cpu_count())
@@ -84,12 +107,13 @@ class Decoded:
             is_new = i not in self.damaged
             self.damaged.add(i)
             count = len(self.damaged)
-        if count > MAX_DAMAGED * len(self):
+        if count > self.max_damaged * len(self):
+            most = f"{self.max_damaged:.0%}"
             raise InputError(
-                f"data.name: {self.config.name!r} should have at most {MAX_DAMAGED:.0%} damaged "
-                f"records, and has {count} or more of {len(self):,}; one is {error}"
+                f"data.name: {self.config.name!r} should have at most {most} damaged records, and "
+                f"has {count} or more of {len(self):,}; one is {error}"
             ) from error
-        if is_new:  # on every host, as each reads records of its own
+        if is_new and count <= MAX_NAMED:  # on every host, as each reads records of its own
             line = f"damaged record {count}, the next takes its place: {error}"
             tqdm.write(line, file=sys.stderr)
 
@@ -97,9 +121,9 @@ class Decoded:
         """uint8 `[H, W, C]`, whatever colour space the file is in."""
         mode = "L" if self.config.channels == 1 else "RGB"
         try:
-            picture = Image.open(io.BytesIO(stored[self.image_key])).convert(mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            name = stored.get("file_name", b"").decode() or f"record {i}"
+            picture = self.open_image(stored[self.image_key]).convert(mode)
+        except UNDECODABLE as error:
+            name = stored.get("file_name", b"").decode(errors="replace") or f"record {i}"
             raise Undecodable(
                 f"{self.config.name}: {name} cannot be decoded ({one_line(error)})"
             ) from error
@@ -140,31 +164,96 @@ def tfds_builder(name: str) -> Any:
     # TFDS warns of folders that do not exist, which the InputError below reports
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
+        locate(name)
         builder = tfds.builder(name, file_format="array_record")
-    except (ValueError, AssertionError, ImportError) as error:
+    except Exception as error:  # whatever the code of a builder does
         if "File format" in str(error):
             raise InputError(
                 f"data.name: {name!r} was prepared as TFRecord, which only TensorFlow reads; set "
                 "TFDS_DATA_DIR to another folder, and it will be prepared there as ArrayRecord"
             ) from error
         names = ["digits", *tfds.list_builders(with_community_datasets=False)]
-        near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0)[0]
-        raise InputError(
-            f"data.name: {name!r} should be `digits` or a TFDS data set; the nearest is {near!r}"
-        ) from error
+        if name in names:
+            raise faulty_builder(name, error) from error
+        expected = "`digits` or a TFDS data set, or a folder of pictures that exists"
+        if "/" not in name:
+            near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0)[0]
+            expected += f"; the nearest is {near!r}"
+        raise InputError(f"data.name: {name!r} should be {expected}") from error
     features = dict(builder.info.features)
     kinds = [type(features.get(key)) for key in record_keys(builder)]
     expected = "a TFDS data set of images with one class label"
     is_labelled = kinds == [tfds.features.Image, tfds.features.ClassLabel]
     require(is_labelled, "data.name", name, expected)
     if not builder.is_prepared():
-        download(builder)
+        prepare(builder) if is_own(type(builder)) else download(builder)
     return builder
+
+
+def is_own(kind: type) -> bool:
+    """Whether a class of builders is the user's own."""
+    return not kind.__module__.startswith("tensorflow_datasets.")
+
+
+def locate(name: str) -> None:
+    """Tells TFDS the folder of a builder of one's own, which it finds for those in packages."""
+    import tensorflow_datasets as tfds
+    from etils import epath
+
+    with contextlib.suppress(ValueError):  # it has no code, or its name says more
+        kind = tfds.builder_cls(name)
+        if is_own(kind):
+            kind.pkg_dir_path = epath.Path(inspect.getfile(kind)).parent
 
 
 def record_keys(builder: Any) -> tuple[str, str]:
     """The names under which records hold the image and its label."""
     return builder.info.supervised_keys or ("image", "label")
+
+
+def prepare(builder: Any) -> None:
+    """Has a builder that is not TFDS's own write its records. Raises InputError."""
+    import tensorflow_datasets as tfds
+
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    try:
+        with pillow_encodes():
+            builder.download_and_prepare()
+    except Exception as error:  # whatever the code of a builder does
+        raise faulty_builder(builder.name, error) from error
+
+
+def faulty_builder(name: str, error: Exception) -> InputError:
+    """The refusal of a builder whose code raises an error, with what lies at its root."""
+    while error.__cause__ is not None:  # TFDS puts its own on top
+        error = error.__cause__
+    reason = f"{type(error).__name__}: {one_line(error)[:300]}"
+    return InputError(f"data.name: {name!r} should have a builder that works ({reason})")
+
+
+@contextlib.contextmanager
+def pillow_encodes() -> Iterator[None]:
+    """Has Pillow encode the arrays that a builder yields as images, in place of TensorFlow.
+
+    Nearly all are PNG, the same pixels from either.
+    """
+    from tensorflow_datasets.core.features import image_feature
+
+    def encode(encoder: Any, image: np.ndarray) -> bytes:
+        image_feature._validate_np_array(image, shape=encoder.shape, dtype=encoder.np_dtype)
+        file = io.BytesIO()
+        picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+        picture.save(file, encoder.encoding_format, quality=95)  # as TensorFlow's JPEG
+        return file.getvalue()
+
+    kind = image_feature._ImageEncoder
+    before = kind._encode_image
+    kind._encode_image = encode
+    try:
+        yield
+    finally:
+        kind._encode_image = before
 
 
 def download(builder: Any) -> None:
@@ -174,7 +263,8 @@ def download(builder: Any) -> None:
     failures = (tfds.download.DownloadError, AssertionError, ImportError, OSError)
     try:
         requests.head("https://storage.googleapis.com", timeout=5)  # TFDS would try for minutes
-        builder.download_and_prepare()
+        with pillow_encodes():
+            builder.download_and_prepare()
     except failures as error:  # those of requests are OSErrors
         is_offline = isinstance(error, requests.exceptions.RequestException)
         reason = "no network" if is_offline else f"{type(error).__name__} {one_line(error)}"
@@ -196,8 +286,12 @@ def open_split(builder: Any, split: str, **options: Any) -> Any:
 
 
 def read_class_names(builder: Any, label_key: str) -> tuple[str, ...]:
-    """A name for each label: TFDS's own, but words in place of ImageNet's synsets."""
-    names = tuple(builder.info.features[label_key].names)
+    """A name for each label."""
+    return class_words(tuple(builder.info.features[label_key].names))
+
+
+def class_words(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of classes, but words in place of ImageNet's synsets."""
     is_imagenet = len(names) == 1000 and names[0] == "n01440764"
     return imagenet_names() if is_imagenet else names
 

@@ -1,8 +1,10 @@
 """Eight fake CPU devices, no silent rank promotion, and what many tests share."""
 
+import dataclasses
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable, Container
 from pathlib import Path
 
@@ -24,12 +26,14 @@ from PIL import Image
 
 import sample
 import train
-from dit import cli
+from dit import checkpoint, cli
 from dit.config import Config, Data, Model, Objective, Optim, Train, replace
+from dit.data import Dataset, open_dataset
 from dit.imagenet.tensors import torch_layout, write_tensors
 from dit.imagenet.vae import VAE
 from dit.model import DiT
-from dit.state import make_objective
+from dit.sharding import make_mesh
+from dit.state import State, make_objective, make_state
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -177,6 +181,70 @@ def optimised():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+# Runs and their checkpoints
+
+STEPS = [10, 20]
+
+
+def run_config(workdir: Path, **train) -> Config:
+    return tiny_config(train=dict(workdir=str(workdir), **train))
+
+
+def awake_state(config: Config) -> State:
+    """A state whose model, average and optimizer all differ."""
+    state = make_state(config, make_mesh(config))
+    placements = jax.tree.map(lambda leaf: leaf.sharding, state)
+    state = jax.device_put(state, jax.devices()[0])
+    awake = dataclasses.replace(
+        state,
+        model=awaken(state.model),
+        ema=awaken(state.model, seed=9),
+        opt_state=jax.tree.map(lambda leaf: leaf + 3, state.opt_state),
+    )
+    return jax.device_put(awake, placements)
+
+
+def at_step(state: State, step: int) -> State:
+    return dataclasses.replace(state, step=jnp.full_like(state.step, step))
+
+
+def save_steps(config: Config, state: State, steps: list[int]) -> None:
+    with checkpoint.Checkpoints(config, open_dataset(config.data)) as checkpoints:
+        for step in steps:
+            checkpoints.save(at_step(state, step), {})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> tuple[Path, Config, State]:
+    """A workdir with checkpoints 10 and 20, its config, and what both hold but for the step."""
+    workdir = tmp_path_factory.mktemp("runs") / "saved"
+    config = run_config(workdir)
+    state = awake_state(config)
+    save_steps(config, state, STEPS)
+    return workdir, config, state
+
+
+@pytest.fixture
+def copy(saved, tmp_path) -> tuple[Path, Config]:
+    """A copy of the workdir to damage, and its config."""
+    workdir = tmp_path / "copy"
+    shutil.copytree(saved[0], workdir)
+    return workdir, run_config(workdir)
+
+
+def folder(workdir: Path, step: int) -> Path:
+    return workdir / "checkpoints" / str(step)
+
+
+def files(workdir: Path) -> dict[str, bytes]:
+    paths = sorted(path for path in workdir.rglob("*") if path.is_file())
+    return {str(path.relative_to(workdir)): path.read_bytes() for path in paths}
+
+
+def digits() -> Dataset:
+    return open_dataset(tiny_config().data)
 
 
 # Files

@@ -1,93 +1,38 @@
-import dataclasses
 import errno
 import json
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, awaken, largest_difference, run_sample, run_train, tiny_config
+from conftest import (
+    STEPS,
+    TINY,
+    at_step,
+    awaken,
+    digits,
+    files,
+    folder,
+    largest_difference,
+    run_config,
+    run_sample,
+    run_train,
+    save_steps,
+    tiny_config,
+)
 
-from dit import checkpoint
-from dit.config import Config, InputError, Mesh, Model, Optim, Train, replace
-from dit.data import Dataset, open_dataset
+from dit import checkpoint, resume
+from dit.config import Config, InputError, replace
 from dit.sharding import make_mesh, replicated
-from dit.state import State, abstract_state, make_model, make_state
-
-STEPS = [10, 20]
-
-
-def run_config(workdir: Path, **train) -> Config:
-    return tiny_config(train=dict(workdir=str(workdir), **train))
-
-
-def awake_state(config: Config) -> State:
-    """A state whose model, average and optimizer all differ."""
-    state = make_state(config, make_mesh(config))
-    placements = jax.tree.map(lambda leaf: leaf.sharding, state)
-    state = jax.device_put(state, jax.devices()[0])
-    awake = dataclasses.replace(
-        state,
-        model=awaken(state.model),
-        ema=awaken(state.model, seed=9),
-        opt_state=jax.tree.map(lambda leaf: leaf + 3, state.opt_state),
-    )
-    return jax.device_put(awake, placements)
-
-
-def at_step(state: State, step: int) -> State:
-    return dataclasses.replace(state, step=jnp.full_like(state.step, step))
-
-
-def save(config: Config, state: State, steps: list[int]) -> None:
-    with checkpoint.Checkpoints(config, open_dataset(config.data)) as checkpoints:
-        for step in steps:
-            checkpoints.save(at_step(state, step), {})
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> tuple[Path, Config, State]:
-    """A workdir with checkpoints 10 and 20, its config, and what both hold but for the step."""
-    workdir = tmp_path_factory.mktemp("runs") / "saved"
-    config = run_config(workdir)
-    state = awake_state(config)
-    save(config, state, STEPS)
-    return workdir, config, state
-
-
-@pytest.fixture
-def copy(saved, tmp_path) -> tuple[Path, Config]:
-    """A copy of the workdir to damage, and its config."""
-    workdir = tmp_path / "copy"
-    shutil.copytree(saved[0], workdir)
-    return workdir, run_config(workdir)
-
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def folder(workdir: Path, step: int) -> Path:
-    return workdir / "checkpoints" / str(step)
-
-
-def files(workdir: Path) -> dict[str, bytes]:
-    paths = sorted(path for path in workdir.rglob("*") if path.is_file())
-    return {str(path.relative_to(workdir)): path.read_bytes() for path in paths}
+from dit.state import abstract_state, make_model, make_state
 
 
 def seal(step_folder: Path) -> None:
     """Makes the checksums fit what is there."""
     text = json.dumps(checkpoint.checksums(step_folder))
     (step_folder / "checksums.json").write_text(text)
-
-
-def digits() -> Dataset:
-    return open_dataset(tiny_config().data)
 
 
 # Saved and restored
@@ -125,14 +70,14 @@ def test_a_checkpoint_holds_the_config_and_the_facts_of_the_data(saved):
 def test_a_step_that_is_saved_already_is_left_alone(copy):
     workdir, config = copy
     before = files(workdir)
-    save(config, make_state(config, make_mesh(config)), [20])
+    save_steps(config, make_state(config, make_mesh(config)), [20])
     after = files(workdir)
     assert {name: after[name] for name in before} == before
 
 
 def test_the_last_few_and_every_nth_are_kept(saved, tmp_path):
     config = run_config(tmp_path, keep_last=2, keep_every=4)
-    save(config, saved[2], [2, 4, 6, 8, 10, 12])
+    save_steps(config, saved[2], [2, 4, 6, 8, 10, 12])
     assert checkpoint.steps(tmp_path) == [12, 10, 8, 4]
     for step in (4, 8, 10, 12):
         assert checkpoint.damage(folder(tmp_path, step)) is None
@@ -140,7 +85,7 @@ def test_the_last_few_and_every_nth_are_kept(saved, tmp_path):
 
 def test_without_keep_every_the_last_few_alone_are_kept(saved, tmp_path):
     config = run_config(tmp_path, keep_last=1, keep_every=0)
-    save(config, saved[2], [2, 4, 6])
+    save_steps(config, saved[2], [2, 4, 6])
     assert checkpoint.steps(tmp_path) == [6]
 
 
@@ -151,7 +96,7 @@ def test_folders_that_are_no_finished_checkpoint_are_no_steps(copy):
     (workdir / "checkpoints" / "21").touch()
     before = files(workdir)
     assert checkpoint.steps(workdir) == [20, 10]
-    checkpoint.prepare_workdir(run_config(workdir), 20)
+    resume.prepare_workdir(run_config(workdir), 20)
     assert before.items() <= files(workdir).items()
     assert checkpoint.steps(workdir / "nowhere") == []
 
@@ -186,9 +131,9 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(copy, how):
     with pytest.warns(UserWarning, match="using 10"):
         checkpoint.load(workdir)
 
-    assert checkpoint.step_to_resume(config, digits()) == (10, [line])
+    assert resume.step_to_resume(config, digits()) == (10, [line])
     assert len(list((workdir / "checkpoints").iterdir())) == 2, "nothing is written yet"
-    checkpoint.prepare_workdir(config, 10)
+    resume.prepare_workdir(config, 10)
     names = sorted(path.name for path in (workdir / "checkpoints").iterdir())
     assert len(names) == 2
     assert names[0] == "10"
@@ -252,7 +197,7 @@ def test_without_an_intact_checkpoint_nothing_is_started_over(refused, copy):
         (folder(workdir, step) / "ema/_METADATA").unlink()
     before = files(workdir)
     with pytest.raises(InputError) as refusal:
-        checkpoint.step_to_resume(config, digits())
+        resume.step_to_resume(config, digits())
     assert "should hold an intact checkpoint in checkpoints/" in str(refusal.value)
     assert "(20: ema/_METADATA is missing; 10: ema/_METADATA is missing)" in str(refusal.value)
     assert "20: ema/_METADATA is missing" in refused(run_train, *TINY, "--workdir", workdir)
@@ -263,91 +208,44 @@ def test_an_empty_folder_holds_no_checkpoint_and_begins_a_run(tmp_path):
     with pytest.raises(InputError, match=r"should hold an intact .* \(train.py writes them\)"):
         checkpoint.newest_intact(tmp_path)
     (tmp_path / "checkpoints/10.orbax-checkpoint-tmp/ema").mkdir(parents=True)
-    assert checkpoint.step_to_resume(run_config(tmp_path), digits()) == (0, [])
+    assert resume.step_to_resume(run_config(tmp_path), digits()) == (0, [])
 
 
-# Which run may go on
+# Which checkpoint a path means
 
 
-def test_the_same_run_goes_on_from_its_newest_checkpoint(saved):
-    workdir, config, _ = saved
-    assert checkpoint.step_to_resume(config, digits()) == (20, [])
-    longer = replace(config, train=dict(steps=1000, log_every=7), mesh=dict(fsdp=2))
-    assert checkpoint.step_to_resume(longer, digits()) == (20, [])
+def test_a_path_means_the_newest_checkpoint_or_the_one_it_names(copy):
+    workdir, _ = copy
+    for path, step in [
+        (workdir, 20),
+        (folder(workdir, 10), 10),
+        (folder(workdir, 20), 20),
+    ]:
+        assert checkpoint.find(path) == (workdir, step, [])
+        model, _ = checkpoint.load(path)
+        expected, _ = checkpoint.load(workdir, step=step)
+        assert largest_difference(model, expected) == 0
+    assert checkpoint.find(workdir, 10) == checkpoint.find(folder(workdir, 10), 10)
+    harm(largest_file(folder(workdir, 20)), "missing")
+    _, step, damaged = checkpoint.find(workdir)
+    assert (step, len(damaged)) == (10, 1)
 
 
-def test_differences_name_field_and_both_values():
-    ours = Config(model=Model(depth=4), train=Train(seed=1))
-    assert checkpoint.differences(ours, Config()) == [
-        "model.depth: 4, where 12 is stored",
-        "train.seed: 1, where 0 is stored",
-    ]
-    assert checkpoint.differences(ours, ours) == []
-
-
-def test_where_a_run_computes_and_keeps_its_files_may_change():
-    ours = Config(
-        name="x",
-        model=Model(remat="full"),
-        optim=Optim(accumulate=2),
-        mesh=Mesh(fsdp=2),
-        train=Train(steps=5, log_every=1, checkpoint_every=1, sampler="ddpm", workdir="there"),
-    )
-    assert checkpoint.differences(ours, Config()) == []
-    here, there = Config(), Config()
-    here = replace(here, data=dict(latents="here", image_size=256))
-    there = replace(there, data=dict(latents="there", image_size=256, vae="vae"))
-    assert checkpoint.differences(here, there) == []
-
-
-def test_latents_and_pixels_are_no_one_run():
-    latents = replace(Config(), data=dict(latents="here", image_size=256, channels=3))
-    pixels = replace(latents, data=dict(latents=None))
-    line = "input_shape: (32, 32, 4), where (256, 256, 3) is stored"
-    assert checkpoint.differences(latents, pixels) == [line]
-
-
-def test_the_number_of_steps_matters_to_a_cosine():
-    cosine = Config(optim=Optim(schedule="cosine"))
-    longer = replace(cosine, train=dict(steps=7, dtype="float32"))
-    assert checkpoint.differences(longer, cosine) == [
-        "train.dtype: 'float32', where 'bfloat16' is stored",
-        "train.steps: 7, where 400000 is stored",
-    ]
-
-
-@pytest.mark.parametrize("section", ["model", "objective", "data", "optim"])
-def test_every_field_that_a_step_depends_on_is_compared(section):
-    may_differ = {"remat", "accumulate", "latents", "vae"}
-    ours = Config()
-    for field in dataclasses.fields(getattr(ours, section)):
-        value = getattr(getattr(ours, section), field.name)
-        theirs = replace(ours, **{section: {field.name: "another"}})
-        lines = checkpoint.differences(ours, theirs)
-        expected = f"{section}.{field.name}: {value!r}, where 'another' is stored"
-        if field.name not in may_differ:
-            assert expected in lines
-        elif field.name != "latents":  # which changes the shape
-            assert lines == []
-
-
-def test_a_run_of_another_kind_is_refused_and_left_as_it_is(copy):
-    workdir, config = copy
-    harm(largest_file(folder(workdir, 20)), "damaged")
-    before = files(workdir)
-    with pytest.raises(InputError) as refusal:
-        checkpoint.step_to_resume(replace(config, optim=dict(learning_rate=0.5)), digits())
-    line = str(refusal.value)
-    assert line.startswith("optim.learning_rate: 0.5, where 0.001 is stored in ")
-    assert line.endswith("so set it back or choose another --name")
-    assert files(workdir) == before, "not even the damaged checkpoint is renamed"
-
-
-def test_a_run_on_other_data_is_refused(saved):
-    _, config, _ = saved
-    few = Dataset([0] * 5, tuple("0123456789"))
-    with pytest.raises(InputError, match="data: 5 images, where the run was trained on 1797"):
-        checkpoint.step_to_resume(config, few)
+def test_a_checkpoint_that_is_not_kept_or_not_intact_is_refused(copy):
+    workdir, _ = copy
+    words = f"^step: 15 should be one of 20, 10, which {str(workdir)!r} keeps$"
+    for path, step in [(workdir, 15), (folder(workdir, 15), None), (folder(workdir, 15), 15)]:
+        with pytest.raises(InputError, match=words):
+            checkpoint.find(path, step)
+    path = folder(workdir, 20)
+    with pytest.raises(InputError, match=f"^step: 10 should be left out: {str(path)!r} is of step"):
+        checkpoint.find(path, 10)
+    (path / "ema/_METADATA").unlink()
+    words = "^step: 20 should be of an intact checkpoint, in which ema/_METADATA is missing$"
+    with pytest.raises(InputError, match=words):
+        checkpoint.find(workdir, 20)
+    with pytest.raises(InputError, match="^source: '.*' should hold an intact checkpoint in"):
+        checkpoint.find(workdir.parent, 20, "source")
 
 
 # What is stored, when it is not as written
@@ -368,7 +266,7 @@ def test_a_config_from_before_a_field_was_added_is_loaded_and_resumed(copy):
     workdir, config = copy
     change_json(workdir, "config", lambda values: values["model"].pop("mlp_ratio"))
     assert checkpoint.stored_config(workdir, 20).model == config.model
-    assert checkpoint.step_to_resume(config, digits()) == (20, [])
+    assert resume.step_to_resume(config, digits()) == (20, [])
 
 
 CONFIG_CHANGES = [
@@ -411,7 +309,7 @@ def test_facts_of_a_data_set_that_cannot_be_are_refused_by_their_file(copy, chan
     workdir, config = copy
     path = change_json(workdir, "dataset", change)
     with pytest.raises(InputError) as refusal:
-        checkpoint.step_to_resume(config, digits())
+        resume.step_to_resume(config, digits())
     assert str(refusal.value).startswith(f"{path}: {words}")
 
 
@@ -471,8 +369,8 @@ def test_what_orbax_notes_beside_the_items_may_be_anything(copy, content):
     for name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
         note = folder(workdir, 20) / name
         note.unlink() if content is None else note.write_bytes(content)
-    assert checkpoint.step_to_resume(config, digits()) == (20, [])
-    save(config, make_state(config, make_mesh(config)), [20, 30])
+    assert resume.step_to_resume(config, digits()) == (20, [])
+    save_steps(config, make_state(config, make_mesh(config)), [20, 30])
     assert checkpoint.steps(workdir) == [30, 20, 10]
 
 
@@ -508,7 +406,7 @@ def test_a_checkpoint_of_an_older_version_is_refused_in_one_clear_line(refused, 
             read(workdir)
         assert str(refusal.value) == expected
     with pytest.raises(InputError, match="an older one wrote its checkpoints"):
-        checkpoint.step_to_resume(config, digits())
+        resume.step_to_resume(config, digits())
     assert refused(run_train, *TINY, "--workdir", workdir) == f"train.py: {expected}"
     out = tmp_path / "x.png"
     assert refused(run_sample, workdir, "--out", out) == f"sample.py: {expected}"
@@ -591,54 +489,9 @@ def test_no_run_goes_on_from_converted_weights(refused, weights):
     path, config, _ = weights
     before = files(path)
     with pytest.raises(InputError, match="it holds converted weights, from which no run goes on"):
-        checkpoint.step_to_resume(replace(config, train=dict(workdir=str(path))), digits())
+        resume.step_to_resume(replace(config, train=dict(workdir=str(path))), digits())
     line = refused(run_train, *TINY, "--workdir", path)
     assert line.startswith(
         f"train.py: train.workdir: {str(path)!r} should be a run's folder or new"
     )
     assert files(path) == before
-
-
-# The workdir
-
-
-def test_the_workdir_is_made_and_says_what_is_trained(tmp_path):
-    config = run_config(tmp_path / "a/b")
-    for _ in range(2):
-        checkpoint.prepare_workdir(config, 0).close()
-    names = sorted(path.name for path in (tmp_path / "a/b").iterdir())
-    assert names == [".lock", "checkpoints", "config.json", "samples"]
-    assert json.loads((tmp_path / "a/b/config.json").read_text()) == dataclasses.asdict(config)
-
-
-def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="^train.workdir: .* should be a folder that can be wri"):
-        checkpoint.prepare_workdir(run_config(tmp_path / "file/run"), 0)
-
-
-def test_a_workdir_that_a_run_uses_is_refused_to_another_until_it_ends(tmp_path):
-    program = f"""
-from pathlib import Path
-from dit.files import locked
-with locked(Path({str(tmp_path)!r}), "x"):
-    print(flush=True)
-    input()
-"""
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, **pipes)
-    process.stdout.readline()
-    config = run_config(tmp_path)
-    words = f"by one run at a time, and is by process {process.pid} on {socket.gethostname()}$"
-    with pytest.raises(InputError, match=words):
-        checkpoint.prepare_workdir(config, 0)
-    assert not (tmp_path / "config.json").exists()
-    process.kill()
-    process.wait()
-    checkpoint.prepare_workdir(config, 0).close()
-
-
-def test_only_process_0_writes_the_config(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    checkpoint.prepare_workdir(run_config(tmp_path), 0)
-    assert not (tmp_path / "config.json").exists()

@@ -122,6 +122,12 @@ def test_sample_holds_its_options_against_the_stored_run_without_jax(without_jax
     assert "should hold an intact checkpoint" in answer.stderr
 
 
+def test_the_library_has_its_presets_without_jax(without_jax):
+    answer = without_jax("-c", "import dit; print(dit.preset('digits').name)")
+    assert (answer.stdout, answer.stderr) == ("digits\n", "")
+    assert "jax was imported" in without_jax("-c", "import dit; dit.DiT").stderr
+
+
 def test_help_documents_every_field(without_jax):
     answer = without_jax("train.py", "digits", "--help").stdout
     text = " ".join(answer.replace("│", " ").split())
@@ -201,6 +207,29 @@ def test_the_command_line_changes_the_preset():
 def test_a_config_file_that_cannot_be_is_refused_in_one_line(refused, tmp_path, text, words):
     (tmp_path / "mine.py").write_text(text)
     assert words in refused(run_train, tmp_path / "mine.py")
+
+
+def test_a_config_file_is_run_once_and_again_when_it_has_changed(refused, tmp_path):
+    """A TFDS builder in it is registered once, and an error after that stays the one told of."""
+    path, runs = tmp_path / "mine.py", tmp_path / "runs"
+    count = f"open({str(runs)!r}, 'a').write('x')\n"
+    path.write_text(count + "from dit.config import *\nconfig = Config(name='one')")
+    assert not cli.joins_hosts([str(path)])
+    assert cli.load_preset(str(path)).name == "one"
+    assert runs.read_text() == "x"
+    path.write_text(count + "config = nothing")
+    os.utime(path, ns=(1, 1))
+    for _ in range(2):
+        assert "NameError: name 'nothing' is not defined" in refused(run_train, path)
+    assert runs.read_text() == "xx"
+
+
+def test_a_config_file_imports_what_lies_beside_it_and_it_hides_no_package(tmp_path):
+    (tmp_path / "lies_beside.py").write_text("NAME = 'beside'")
+    (tmp_path / "colorsys.py").write_text("raise ImportError('hidden')")
+    text = "import colorsys\nfrom lies_beside import NAME\nfrom dit.config import Config\n"
+    (tmp_path / "mine.py").write_text(text + "config = Config(name=NAME)")
+    assert cli.load_preset(str(tmp_path / "mine.py")).name == "beside"
 
 
 # Command lines

@@ -11,7 +11,8 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import awaken, inputs, run_train, tiny_model, write_vae
+from conftest import awaken, inputs, run_train, tiny_config, tiny_model, write_vae
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from dit import checkpoint, cli
@@ -20,6 +21,7 @@ from dit.imagenet import convert
 from dit.imagenet.diffusers import to_diffusers
 from dit.imagenet.inception import load_inception
 from dit.imagenet.official import infer_config, to_official
+from dit.imagenet.tensors import DESCRIPTION
 from dit.imagenet.vae import load_vae
 from dit.state import make_model
 
@@ -109,6 +111,121 @@ def test_diffusers_to_ours_and_back_is_bit_exact(ours, tmp_path):
     assert config["num_attention_heads"] == 13
     assert config["sample_size"] == 6
     assert config["out_channels"] == 8
+
+
+@pytest.mark.parametrize("out", ["theirs.safetensors", "theirs"])
+@pytest.mark.parametrize("learns_variance", [True, False])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_model_of_ones_own_goes_there_and_back_with_its_config(
+    tmp_path, channels, learns_variance, out
+):
+    """Heads, noise schedule and classes are in the metadata: nothing is asked for."""
+    config = tiny_config(
+        data=dict(channels=min(channels, 3), num_classes=3, image_size=48),
+        objective=dict(variance="learned_range" if learns_variance else "fixed_small"),
+        model=dict(patch_size=3 if channels == 4 else 12),
+    )
+    if channels == 4:
+        config = replace(config, data=dict(latents="x", image_size=48))
+    model = awaken(jax.jit(lambda: make_model(config, jax.random.key(0)))())
+    names = ("cat", "dog", "horse")
+    checkpoint.save_weights(tmp_path / "ours", model, config, names)
+    layout = "official" if out.endswith(".safetensors") else "diffusers"
+    convert_command(tmp_path / "ours", tmp_path / out, "--to", layout)
+    convert_command(tmp_path / out, tmp_path / "again")
+    assert_same_model(tmp_path / "ours", tmp_path / "again")
+    assert checkpoint.load(tmp_path / "again")[1] == config
+    assert checkpoint.stored_dataset(tmp_path / "again", 0)["class_names"] == list(names)
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory):
+    """A model of pixels in the authors' layout, as we write it."""
+    folder = tmp_path_factory.mktemp("described")
+    config = tiny_config(objective=dict(variance="fixed_small"))
+    model = awaken(jax.jit(lambda: make_model(config, jax.random.key(0)))())
+    checkpoint.save_weights(folder / "ours", model, config, tuple("0123456789"))
+    convert_command(folder / "ours", folder / "x.safetensors", "--to", "official")
+    return folder / "x.safetensors"
+
+
+def test_a_model_of_pixels_without_metadata_is_one_once_its_heads_are_given(
+    refused, described, tmp_path, capsys
+):
+    bare = tmp_path / "bare.safetensors"
+    save_file(load_file(described), bare)
+    assert "--num-heads: missing;" in refused(convert_command, bare, tmp_path / "x")
+    capsys.readouterr()
+    convert_command(bare, tmp_path / "x", "--num-heads", 5)
+    line = f"{bare} says no noise schedule: taken for the authors', 1000 timesteps, linear"
+    assert capsys.readouterr().out.splitlines()[0] == line
+    loaded, config = checkpoint.load(tmp_path / "x")
+    assert config.input_shape == (8, 8, 1)
+    assert config.data.latents is None
+    assert not loaded.learn_sigma
+
+
+def change_description(described, tmp_path, change):
+    with safe_open(described, framework="numpy") as file:
+        values = json.loads(file.metadata()[DESCRIPTION])
+    change(values)
+    text = json.dumps(values)
+    save_file(load_file(described), tmp_path / "x.safetensors", metadata={DESCRIPTION: text})
+    return tmp_path / "x.safetensors"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda values: values.clear(),
+            "metadata 'minimal_dit' should be a config and class names",
+        ),
+        (
+            lambda values: values.update(class_names=["one"]),
+            "class_names: ['one'] should be the names of 10 classes",
+        ),
+        (
+            lambda values: values["config"]["model"].update(width=3),
+            "model.width: 3 should be left out: this version has no such field",
+        ),
+        (
+            lambda values: values["config"]["model"].update(depth=10**9),
+            "model.depth: 1000000000 should be 2, as its tensors say",
+        ),
+        (
+            lambda values: values["config"]["model"].update(mlp_ratio=1e30),
+            "model.mlp_ratio: 1e+30 should be near 4, as its tensors say",
+        ),
+        (
+            lambda values: values["config"]["data"].update(image_size=4096),
+            "input_shape: (4096, 4096, 1) should be (8, 8, 1), as its tensors say",
+        ),
+        (
+            lambda values: values["config"]["model"].update(conditioning="cross_attention"),
+            "model.conditioning: 'cross_attention' should be 'adaln_zero', as its tensors say",
+        ),
+        (
+            lambda values: values["config"]["objective"].update(variance="learned_range"),
+            "objective.learns_variance: True should be False, as its tensors say",
+        ),
+    ],
+)
+def test_a_description_that_the_tensors_contradict_is_refused(
+    refused, described, tmp_path, change, words
+):
+    source = change_description(described, tmp_path, change)
+    line = refused(convert_command, source, tmp_path / "out")
+    assert line.startswith(f"dit.imagenet.convert: {source}: ")
+    assert words in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_heads_that_the_file_contradicts_are_refused(refused, ours, described, tmp_path):
+    convert_command(ours, tmp_path / "theirs", "--to", "diffusers")
+    for source, heads in [(described, 5), (tmp_path / "theirs", 13)]:
+        line = refused(convert_command, source, tmp_path / "out", "--num-heads", 4)
+        assert f"--num-heads: 4 should be {heads}, as {source} says" in line
 
 
 def test_a_pipelines_transformer_is_found_in_its_folder(ours, tmp_path):
@@ -249,8 +366,12 @@ FAULTS = [
         "pos_embed: (1, 9, 1) should be of the width 52, that of x_embedder.proj.weight",
     ),
     (
+        having("x_embedder.proj.weight", np.zeros((52, 5, 2, 2))),
+        "x_embedder.proj.weight: (52, 5, 2, 2) should be of a model of 4 latent channels, or of 1",
+    ),
+    (
         having("x_embedder.proj.weight", np.zeros((52, 3, 2, 2))),
-        "x_embedder.proj.weight: (52, 3, 2, 2) should be of a model of 4 latent channels",
+        "final_layer.linear.bias has shape (32,), which should be (12,)",
     ),
 ]
 

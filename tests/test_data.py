@@ -217,7 +217,7 @@ def test_labels_and_masks_are_dropped_as_often_as_asked_and_no_label_without_its
         (dict(name="cifar10/plain"), "'cifar10/plain' should be `digits` or a TFDS data set"),
         (
             dict(name="cifar_10"),
-            "'cifar_10' should be `digits` or a TFDS data set; the nearest is 'cifar10'",
+            "or a TFDS data set, or a folder of pictures that exists; the nearest is 'cifar10'",
         ),
         (
             dict(name="ag_news_subset"),

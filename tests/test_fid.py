@@ -10,7 +10,7 @@ from conftest import TINY, awaken, run_train, tiny_config
 from flax import nnx
 from safetensors.numpy import save_file
 
-from dit import cli, generate
+from dit import cli, generation
 from dit.config import Data, InputError, Stopped
 from dit.data import InMemory
 from dit.imagenet import fid
@@ -255,9 +255,9 @@ def test_the_evaluation_scores_what_the_command_scores(cheap, tmp_path, mask_cla
     scores = fid.make_evaluation(config, None, mesh)(model)
 
     labels = np.arange(19) % 10
-    condition = generate.make_condition(labels, config)
+    condition = generation.make_condition(labels, config)
     options = dict(sampler="ddpm", steps=3, guidance=3.0, seed=config.train.seed)
-    draw = generate.make_draw(config, mesh, condition, 19, **options)
+    draw = generation.make_draw(config, mesh, condition, 19, **options)
     samples = write(tmp_path / "x.npz", arr_0=draw(model, None, 0))
     again = fid_command(samples, "--inception", "x.pth", "--reference", reference)
     assert scores == pytest.approx(again, rel=1e-3)

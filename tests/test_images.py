@@ -13,10 +13,13 @@ from PIL import Image
 from dit.config import InputError
 from dit.images import (
     centre_crop,
+    draw_grid,
+    fitting_font,
     from_uint8,
     open_npz,
     open_picture,
     read_part,
+    save_gif,
     save_grid,
     to_uint8,
     write_npz,
@@ -102,6 +105,33 @@ def test_a_grid_that_cannot_be_written_leaves_the_old_one_as_it_was(tmp_path, mo
     with pytest.raises(OSError, match="No space"):
         save_grid(path, np.zeros((1, 8, 8, 1), np.uint8), ["zero"])
     assert path.read_bytes() == b"old"
+
+
+def test_the_columns_names_stand_above_the_same_grid_and_fit_their_columns():
+    images = random_images(4, 8, 8, 1)
+    plain = np.asarray(draw_grid(images, ["a", "b"]))
+    named = np.asarray(draw_grid(images, ["a", "b"], ["one", "a name of 17 char"]))
+    header = len(named) - len(plain)
+    np.testing.assert_array_equal(named[header:], plain)
+    over_first = named[:header, -2 * 66 : -66]
+    assert over_first.min() < 100
+    assert (over_first[:, -2:] == 255).all()
+    assert fitting_font(["noise 0.98"], 64, 21).getlength("noise 0.98") <= 64
+
+
+def test_a_gif_shows_every_frame_under_its_name_and_rests_at_the_last(tmp_path):
+    levels = np.arange(5, dtype=np.uint8) * 60
+    frames = np.broadcast_to(levels.reshape(5, 1, 1, 1, 1), (5, 2, 8, 8, 3))
+    save_gif(tmp_path / "x.gif", frames, ["a"], [f"noise {k}" for k in range(5)])
+    with Image.open(tmp_path / "x.gif") as movie:
+        assert (movie.n_frames, movie.info["loop"]) == (5, 0)
+        for k, level in enumerate(levels):
+            movie.seek(k)
+            sheet = np.asarray(movie.convert("L"), int)
+            assert movie.info["duration"] == (2000 if k == 4 else 100)
+            np.testing.assert_allclose(sheet[-60:-6, -60:-6], level, atol=2)
+            expected = draw_grid(frames[k], ["a"], [f"noise {k}"]).convert("L")
+            np.testing.assert_allclose(sheet[:30], np.asarray(expected, int)[:30], atol=40)
 
 
 # Pictures

@@ -1,5 +1,6 @@
 """Latents on disk: written, resumed, read, trained on and sampled; of real JPEGs if at hand."""
 
+import dataclasses
 import io
 import json
 import os
@@ -373,7 +374,7 @@ class Photographs:
 def encode_photographs(vae, out, *flags, damaged: int | None = None):
     """What the command does with a TFDS data set of the photographs."""
 
-    def open_tfds(config):
+    def open_decoded(config):
         names = tuple(f"class {k}" for k in range(7))
         return Decoded(Photographs(damaged), "image", "label", config), names
 
@@ -382,7 +383,7 @@ def encode_photographs(vae, out, *flags, damaged: int | None = None):
 
     options = ["--size", 32, "--shard-size", 24, "--batch-size", 1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latents, "open_tfds", open_tfds)
+        patch.setattr(latents, "open_decoded", open_decoded)
         patch.setattr(latents, "tfds_config", tfds_config)
         latents_command("photographs", "--vae", vae, "--out", out, *options, *flags)
 
@@ -469,6 +470,35 @@ def test_an_image_that_cannot_be_decoded_is_named_counted_and_skipped(
     assert len(records) == 63
     found, expected = records.read([39, 40, 62]), whole.read([39, 41, 63])
     np.testing.assert_allclose(found["latent"], expected["latent"], rtol=2e-3, atol=1e-3)
+
+
+def test_a_folder_of_pictures_has_latents_as_a_tfds_data_set_has(vae, tmp_path, capsys):
+    folder = tmp_path / "My Pictures"
+    for name, size in [("cat/0.jpg", (40, 33)), ("cat/1.png", (32, 32)), ("dog/2.webp", (50, 64))]:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(size[0]).integers(0, 256, (*size, 3), np.uint8)).save(
+            path, lossless=True
+        )
+    whole = (folder / "cat/0.jpg").read_bytes()
+    (folder / "dog/3.jpg").write_bytes(whole[: len(whole) // 2])
+    options = ["--size", 32, "--batch-size", 1, "--vae", vae, "--out", tmp_path / "out"]
+    latents_command(folder, *options)
+    output = capsys.readouterr()
+    assert "latents of 3 images" in output.out
+    assert "dog/3.jpg cannot be decoded" in output.err
+    config = Data(name=str(folder), latents=str(tmp_path / "out"), image_size=32, channels=3)
+    stored = data.open_dataset(dataclasses.replace(config, latent_scale=0.8))
+    assert stored.class_names == ("cat", "dog")
+    records, _ = data.open_decoded(config)
+    expected = [i for i in range(4) if "3.jpg" not in records.source.pictures[i][1]]
+    found = stored.records.read(range(3))
+    network = load_vae(vae)
+    for latent, label, i in zip(found["latent"], found["label"], expected, strict=True):
+        assert label == records[i]["label"]
+        x = jnp.asarray(records[i]["image"] / 127.5 - 1, jnp.float32)[None]
+        mean, _ = network.encode(x)
+        np.testing.assert_allclose(latent[0, ..., :4], mean[0], rtol=2e-3, atol=1e-3)
 
 
 # Writing: real JPEGs

@@ -248,7 +248,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_names_the_step(
     assert f"{value}" in line
     assert " at step 2 should be finite; " in line
     assert f"the checkpoints in {str(tmp_path / 'checkpoints')!r} are from before it" in line
-    assert "a lower optim.learning_rate, or with optim.grad_clip" in line
+    assert "goes on from the newest, with a lower optim.learning_rate, or with" in line
     assert [row["step"] for row in rows(tmp_path)] == [1]
 
 

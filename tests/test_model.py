@@ -12,10 +12,14 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import dit.model
+from dit.config import InputError
 from dit.model import (
     BLOCKS,
+    MLP,
     PRESETS,
+    AdaLNBlock,
     DiT,
+    SelfAttention,
     attend,
     count_parameters,
     gelu,
@@ -328,6 +332,51 @@ def test_time_and_label_matter_and_the_null_class_is_num_classes(design):
     assert jnp.abs(first - last).max() > 1e-3
     assert jnp.abs(last - null).max() > 1e-3
     assert jnp.abs(first - later).max() > 1e-3
+
+
+@pytest.mark.parametrize("design", ["adaln_zero", "in_context"])
+def test_a_one_hot_weight_is_its_label_and_a_mixture_the_mean_of_embeddings(design):
+    model = awaken(tiny_model(conditioning=design))
+    x, t, y = inputs(model)
+    one_hot = jax.nn.one_hot(y, 8)
+    np.testing.assert_array_equal(model.embed_label(one_hot), model.embed_label(y))
+    np.testing.assert_allclose(model(x, t, one_hot), model(x, t, y), rtol=1e-6, atol=1e-6)
+    table = model.label_embed.embedding[...]
+    mixed = model.embed_label(jnp.array([[0, 0, 0.25, 0, 0, 0, 0, 0.75]]))
+    np.testing.assert_allclose(mixed[0], table[2] / 4 + 3 * table[7] / 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [SelfAttention, MLP])
+def test_a_block_of_ones_own_takes_a_class_and_one_line(monkeypatch, parts):
+    """It says itself whether it is adaptive, and its products are counted."""
+
+    class Part(AdaLNBlock):
+        adaptive = parts is MLP
+
+        def __init__(self, hidden_size, num_heads, mlp_ratio, *, dtype, rngs):
+            size = mlp_ratio if parts is MLP else num_heads
+            self.part = parts(hidden_size, size, dtype=dtype, rngs=rngs)
+
+        def __call__(self, x, c):
+            return x + self.part(x) + c.mean(axis=1, keepdims=True)
+
+    monkeypatch.setitem(BLOCKS, "part", Part)
+    model = awaken(tiny_model(conditioning="part"))
+    assert model.adaptive == (parts is MLP)
+    shape = jax.eval_shape(model.condition, *inputs(model)[1:]).shape
+    assert shape == (3, 1 if model.adaptive else 2, 20)
+    jaxpr = jax.make_jaxpr(model)(*inputs(model, batch=1))
+    assert traced_multiply_adds(jaxpr) == multiply_adds(model)
+
+
+def test_blocks_that_there_are_not_and_masks_that_a_block_takes_not_are_refused():
+    with pytest.raises(InputError) as refusal:
+        tiny_model(conditioning="film")
+    expected = "'film' should be one of adaln_zero, adaln, cross_attention, in_context"
+    assert str(refusal.value) == f"model.conditioning: {expected}"
+    for design in ("cross_attention", "in_context"):
+        with pytest.raises(InputError, match="data.mask_classes: 2 should be 0 with model.condit"):
+            tiny_model(conditioning=design, mask_classes=2)
 
 
 def test_a_condition_constant_in_space_equals_the_global_one():

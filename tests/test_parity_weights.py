@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import awaken, inputs, run_sample, tiny_model
+from conftest import awaken, inputs, run_sample, tiny_config, tiny_model
 from PIL import Image
 from test_parity import relative
 
@@ -17,7 +17,7 @@ from dit import checkpoint, cli, sampling
 from dit.imagenet import convert
 from dit.imagenet.diffusers import diffusers_names
 from dit.imagenet.inception import load_inception
-from dit.imagenet.official import from_official, to_official
+from dit.imagenet.official import from_official, infer_config, to_official
 from dit.imagenet.vae import load_vae
 from dit.metrics import frechet_distance, gaussian_of
 from dit.model import position_embedding
@@ -69,7 +69,8 @@ def torch_official(model) -> dict:
 def ours(tmp_path):
     """The folder of an awake model, as dit.imagenet.convert writes it, and the model."""
     official = {name: np.asarray(a) for name, a in to_official(awake()).items()}
-    model, config = from_official(official, 13, tmp_path)
+    config = infer_config(official, 13, tmp_path)
+    model = from_official(official, config, tmp_path)
     names = convert.class_names(config.data.num_classes)
     checkpoint.save_weights(tmp_path / "ours", model, config, names)
     return tmp_path / "ours", model
@@ -170,6 +171,26 @@ def test_pt_files_go_through_bit_for_bit(tmp_path, learn_sigma):
     np.testing.assert_array_equal(loaded(x, t, y), model(x, t, y))
     assert config.objective.variance == ("learned_range" if learn_sigma else "fixed_large")
     assert config.data.image_size == 64
+
+
+def test_a_pt_file_of_ours_says_what_no_shape_does(tmp_path):
+    import torch
+
+    config = tiny_config(objective=dict(variance="fixed_small"))
+    model = awaken(make_model(config, jax.random.key(0)))
+    checkpoint.save_weights(tmp_path / "ours", model, config, tuple("abcdefghij"))
+    convert_command(tmp_path / "ours", tmp_path / "x.pt", "--to", "official")
+    convert_command(tmp_path / "x.pt", tmp_path / "again")
+    loaded, stored = checkpoint.load(tmp_path / "again")
+    assert stored == config
+    for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(loaded), strict=True):
+        np.testing.assert_array_equal(a, b)
+    state_dict = torch.load(tmp_path / "x.pt", weights_only=True)
+    module = torch.nn.Linear(20, 4)
+    names = {"weight": "final_layer.linear.weight", "bias": "final_layer.linear.bias"}
+    part = type(state_dict)((name, state_dict[name_there]) for name, name_there in names.items())
+    part._metadata = state_dict._metadata
+    module.load_state_dict(part)  # which reads the metadata of its own kind there
 
 
 class Harmful:

@@ -17,10 +17,10 @@ from PIL import Image
 
 import sample
 import train
-from dit import checkpoint, generate, images
+from dit import checkpoint, generation, images, sampling
 from dit.config import InputError
 from dit.images import to_uint8
-from dit.state import make_model, make_state
+from dit.state import make_model, make_objective, make_state
 
 ROOT = Path(__file__).resolve().parent.parent
 TILE = 64 + 2  # pixels of a grid from one image of 8x8 to the next
@@ -120,6 +120,22 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_sampled(run, tmp_pa
     np.testing.assert_array_equal(damaged, before)
 
 
+def test_any_checkpoint_that_is_kept_is_sampled(refused, run, tmp_path):
+    newest, _ = draw(run, tmp_path)
+    first, _ = draw(run, tmp_path, "--step", "1")
+    assert (first != newest).any()
+    for path, step in [(run / "checkpoints/1", 1), (run / "checkpoints/2", 2)]:
+        named, _ = draw(path, tmp_path)
+        np.testing.assert_array_equal(named, first if step == 1 else newest)
+    out = ["--out", tmp_path / "y.png"]
+    words = f"sample.py: step: 3 should be one of 2, 1, which {str(run)!r} keeps"
+    assert refused(run_sample, run, "--step", "3", *out) == words
+    assert refused(run_sample, run / "checkpoints/3", *out) == words
+    line = refused(run_sample, run, "--step", "-1", *out)
+    assert "--step: -1 should be 0 or more" in line
+    assert not (tmp_path / "y.png").exists()
+
+
 def test_a_workdir_without_a_checkpoint_is_refused(refused, tmp_path):
     line = refused(run_sample, tmp_path, "--out", tmp_path / "x.png")
     words = r"workdir: '.*' should hold an intact checkpoint in checkpoints/ \(train.py writes"
@@ -199,7 +215,8 @@ def test_what_the_options_leave_open_is_the_runs():
     config = tiny_config(train=dict(sampler="ddpm", sample_steps=7), data=dict(vae="v"))
     completed = sample.complete(sample.Sample("x"), config)
     assert (completed.sampler, completed.steps, completed.vae) == ("ddpm", 7, "v")
-    asked = sample.Sample("x", sampler="ddim", steps=5, vae="w")
+    assert (completed.out, completed.per_class) == ("x/samples.png", 8)
+    asked = sample.Sample("x", sampler="ddim", steps=5, vae="w", per_class=2, out="./x.png")
     assert sample.complete(asked, config) == asked
 
 
@@ -207,12 +224,19 @@ def test_classes_go_by_number_name_or_synonym():
     names = ("tench, Tinca tinca", "crane (bird)", "maillot", "maillot, tank suit")
     names += ("golden retriever",)
     words = ("4", "Golden Retriever", "tinca tinca", "tank suit", "maillot, tank suit")
-    assert [sample.class_number(word, names) for word in words] == [4, 4, 0, 3, 3]
+    assert [sample.class_number("--classes", word, names) for word in words] == [4, 4, 0, 3, 3]
     several = r"'maillot' should be one of the numbers 2 \(maillot\), 3 \(maillot, tank suit\)"
     with pytest.raises(InputError, match=several):
-        sample.class_number("maillot", names)
+        sample.class_number("--classes", "maillot", names)
     with pytest.raises(InputError, match="the nearest is 'golden retriever'"):
-        sample.class_number("golden retreiver", names)
+        sample.class_number("--classes", "golden retreiver", names)
+
+
+def test_a_name_that_is_a_number_goes_before_the_number():
+    names = ("1", "10", "2")  # of folders, in their order
+    assert [sample.class_number(word, names) for word in ("1", "2", "10", "0")] == [0, 2, 1, 0]
+    with pytest.raises(InputError, match="--classes: 3 should be from 0 to 2"):
+        sample.class_number("3", names)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +268,7 @@ def test_classes_go_by_number_name_or_synonym():
         (["--cfg-channels", "0"], "--cfg-channels: 0 should be more than 0"),
         (["--per-class", "0"], "--per-class: 0 should be more than 0"),
         (["--batch-size", "0"], "--batch-size: 0 should be more than 0"),
-        (["--out", "x.jpg"], "--out: 'x.jpg' should be a .png or .npz file"),
+        (["--out", "x.jpg"], "x.jpg' should be a .png, .gif or .npz file"),
         (["--out", "nowhere/x.png"], "--out: 'nowhere/x.png' should be in a folder that exists"),
         (
             ["--sampler", "euler"],
@@ -261,6 +285,27 @@ def test_classes_go_by_number_name_or_synonym():
             ["--guidance-interval", "500", "100"],
             "--guidance-interval: (500.0, 100.0) should be LOW and a HIGH above it",
         ),
+        (
+            ["--interpolate", "3", "10"],
+            "--interpolate: 10 should be from 0 to 9: the model has 10 classes",
+        ),
+        (
+            ["--interpolate", "3", "8", "--classes", "3"],
+            "--classes: ('3',) should be left out with --interpolate",
+        ),
+        (
+            ["--interpolate", "3", "8", "--per-class", "1"],
+            "--per-class: 1 should be more than 1 with --interpolate",
+        ),
+        (
+            ["--interpolate", "3", "8", "--out", "x.npz"],
+            "--interpolate: ('3', '8') should be given with an --out that ends in .png or .gif",
+        ),
+        (
+            ["--frames", "3", "--out", "x.npz"],
+            "--frames: 3 should be given with an --out that ends in .png or .gif",
+        ),
+        (["--frames", "1"], "--frames: 1 should be more than 1"),
         (["--seed", "-1"], "--seed: -1 should be from 0 to 2^32 - 1"),
         (["--style-strength", "2"], "--style-strength: 2.0 should be a probability, from 0 to 1"),
         (["--style", "nothing.png"], "--style: 'nothing.png' should be a picture"),
@@ -296,6 +341,9 @@ SHOWN_CLASSES = 13
 
 
 def brightness(y):
+    """Of labels, or of weights of the classes."""
+    if y.ndim == 2:
+        y = y @ jnp.arange(y.shape[1], dtype=jnp.float32)
     return 0.05 * y.reshape(-1, 1, 1, 1)
 
 
@@ -318,24 +366,30 @@ def shown(tmp_path, monkeypatch) -> Path:
     return folder
 
 
+@pytest.fixture
+def grids(monkeypatch) -> list[tuple]:
+    """What was drawn as grids: (images, row names, column names)."""
+    drawn = []
+    before = images.draw_grid
+
+    def draw_grid(*arguments):
+        drawn.append(arguments)
+        return before(*arguments)
+
+    monkeypatch.setattr(images, "draw_grid", draw_grid)
+    return drawn
+
+
 @pytest.mark.parametrize(
     "words, expected",
-    [([], generate.spread_classes(SHOWN_CLASSES)), (["9", "class 2, a synonym", "4"], [9, 2, 4])],
+    [([], generation.spread_classes(SHOWN_CLASSES)), (["9", "class 2, a synonym", "4"], [9, 2, 4])],
 )
 def test_each_row_of_a_grid_is_of_the_class_that_stands_before_it(
-    shown, tmp_path, monkeypatch, words, expected
+    shown, tmp_path, grids, words, expected
 ):
-    grids = []
-    before = images.save_grid
-
-    def save_grid(path, pictures, row_names):
-        grids.append((pictures, row_names))
-        before(path, pictures, row_names)
-
-    monkeypatch.setattr(images, "save_grid", save_grid)
     flags = ["--classes", *words, "--per-class", "3"] if words else ["--per-class", "3"]
     out = run_sample(shown, *flags, "--out", tmp_path / "x.png")
-    pictures, names = grids[0]
+    pictures, names, _ = grids[0]
     assert names == [f"class {k}" for k in expected]
     rows = pictures.reshape(len(names), 3, -1).astype(int)
     sheet = np.asarray(Image.open(out).convert("L"), int)
@@ -373,17 +427,81 @@ def test_cfg_channels_are_the_channels_that_are_guided_away_from_the_null_class(
     np.testing.assert_allclose(pictures[..., 1:].astype(int), plain, atol=1)
 
 
+# From noise to image, and from class to class
+
+
+@pytest.mark.parametrize("flags", [["--sampler", "ddim"], ["--sampler", "ddpm"]])
+def test_frames_go_from_the_noise_to_the_image_in_a_strip_and_in_a_gif(run, tmp_path, grids, flags):
+    flags = ["--classes", "3", "5", "--steps", "5", *flags]
+    final, _ = draw(run, tmp_path, *flags, "--per-class", "1")
+    run_sample(run, *flags, "--frames", "4", "--out", tmp_path / "x.png")
+    strip, row_names, column_names = grids.pop()
+    strip = strip.reshape(2, 4, 8, 8, 1)
+    process = make_objective(checkpoint.stored_config(run, 2))
+    keys = sampling.sample_keys(0, jnp.arange(2))
+    noise = sampling.sample_noise(keys, process.num_steps, (8, 8, 1))
+    np.testing.assert_array_equal(strip[:, 0], to_uint8(noise))
+    np.testing.assert_allclose(strip[:, -1].astype(int), final, atol=1)
+    assert row_names == ["3", "5"]
+    levels = process.noise_levels(5)[np.array([0, 2, 3, 5])]
+    assert column_names == [f"noise {level:.2f}" for level in levels]
+
+    out = run_sample(run, *flags, "--per-class", "1", "--frames", "4", "--out", tmp_path / "x.gif")
+    for state, (shown, names, titles) in enumerate(grids):
+        np.testing.assert_array_equal(shown, strip[:, state])
+        assert (names, titles) == (row_names, [column_names[state]])
+    with Image.open(out) as movie:
+        assert movie.n_frames == 4
+        movie.seek(3)
+        last = np.asarray(movie.convert("L"), int)
+    assert last[-TILE // 2, -TILE // 2] == pytest.approx(int(final[1, 4, 4, 0]), abs=8)
+
+
+def test_interpolation_goes_from_one_class_to_the_other_in_the_same_noise(run, tmp_path, grids):
+    run_sample(run, "--interpolate", "3", "8", "--steps", "5", "--out", tmp_path / "x.png")
+    row, row_names, column_names = grids.pop()
+    for image, label in [(row[0], "3"), (row[-1], "8")]:
+        alone, _ = draw(run, tmp_path, "--classes", label, "--per-class", "1")
+        np.testing.assert_allclose(image.astype(int), alone[0], atol=1)
+    assert (row_names, column_names[0], column_names[-1]) == ([""], "3", "8")
+    assert column_names[1:3] == ["14%", "29%"]
+    flags = ["--interpolate", "3", "8", "--per-class", "3", "--frames", "2"]
+    run_sample(run, *flags, "--out", tmp_path / "x.png")
+    strip, row_names, column_names = grids.pop()
+    assert (len(strip), row_names, column_names[-1]) == (6, ["3", "50%", "8"], "noise 0.00")
+    np.testing.assert_array_equal(strip[0], strip[2])
+
+
+def test_interpolation_mixes_the_two_classes_by_equal_steps(shown, tmp_path, grids):
+    flags = ["--interpolate", "class 12", "2", "--per-class", "6"]
+    run_sample(shown, *flags, "--out", tmp_path / "x.png")
+    row, _, _ = grids.pop()
+    for image, label in zip(row, [12, 10, 8, 6, 4, 2], strict=True):
+        np.testing.assert_allclose(image.astype(int), shade(0.05 * label), atol=1)
+
+
+def test_an_out_without_a_folder_lands_in_the_runs(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--classes", "3", "--per-class", "1", "--steps", "2"]
+    assert run_sample(run, *flags, "--out", "own.png") == run / "own.png"
+    assert run_sample(run, *flags) == run / "samples.png"
+    assert run_sample(run, *flags, "--out", "./own.png") == Path("own.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["own.png"]
+    for name in ("own.png", "samples.png"):
+        (run / name).unlink()
+
+
 # Many samples
 
 
 class DiesOnce:
-    """`generate.make_draw` whose function is killed at its third batch, once."""
+    """`generation.make_draw` whose function is killed at its third batch, once."""
 
     def __init__(self, monkeypatch):
         self.drawn = []
         self.killed = False
-        self.make_draw = generate.make_draw
-        monkeypatch.setattr(generate, "make_draw", self)
+        self.make_draw = generation.make_draw
+        monkeypatch.setattr(generation, "make_draw", self)
 
     def __call__(self, *args, **options):
         draw = self.make_draw(*args, **options)
@@ -434,7 +552,7 @@ def test_parts_of_another_checkpoint_are_not_taken_for_this_one(
     with pytest.raises(SystemExit):
         run_sample(*flags)
     shutil.rmtree(tmp_path / "run/checkpoints/2")
-    assert "was begun with checkpoint 2 rather than 1" in refused(run_sample, *flags)
+    assert "was begun with step 2 rather than 1" in refused(run_sample, *flags)
 
 
 def test_folders_and_files_that_hold_no_parts_of_ours_are_refused(refused, run, tmp_path):
@@ -519,7 +637,7 @@ def test_parts_of_another_mask_are_not_taken_for_this_one(refused, layout, tmp_p
 
     save_picture(mask, np.zeros((8, 8)))
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(generate, "write_npz", killed)
+        patch.setattr(generation, "write_npz", killed)
         run_sample(*flags)
     save_picture(mask, np.ones((8, 8)))  # the same name
     assert "was begun with pictures [" in refused(run_sample, *flags)
@@ -543,8 +661,14 @@ def test_masks_and_styles_that_cannot_be_are_refused(refused, run, layout, tmp_p
     assert not (tmp_path / "x.png").exists()
 
 
-def test_a_grey_style_is_refused_by_a_model_in_colour(tmp_path):
-    grey = save_picture(tmp_path / "grey.png", np.arange(64).reshape(8, 8))
-    options = sample.Sample("x", style=grey)
-    with pytest.raises(InputError, match="--style: .* should be a picture in colour, as the mod"):
-        sample.read_style(options, tiny_config(data=dict(channels=3)), None)
+def test_a_grey_style_is_taken_by_a_model_in_colour_with_a_word(tmp_path, capsys):
+    config, pixels = tiny_config(data=dict(channels=3)), np.arange(64).reshape(8, 8)
+    grey = save_picture(tmp_path / "grey.png", pixels)
+    style = sample.read_style(sample.Sample("x", style=grey), config, None)
+    np.testing.assert_array_equal(to_uint8(style), pixels[None, ..., None].repeat(3, axis=-1))
+    expected = f"--style: '{grey}' is grey, and so will the samples be on average\n"
+    assert capsys.readouterr().out == expected
+    coloured = np.stack([pixels, pixels, 2 * pixels], axis=-1).astype(np.uint8)
+    Image.fromarray(coloured).save(tmp_path / "coloured.png")
+    sample.read_style(sample.Sample("x", style=str(tmp_path / "coloured.png")), config, None)
+    assert capsys.readouterr().out == ""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import awaken, tiny_config, tiny_model
+from jax.extend.core import jaxprs_in_params
 
 from dit import sampling
 from dit.config import Data
@@ -244,6 +245,57 @@ def test_a_sample_of_flow_depends_on_seed_and_index_alone(sampler):
     assert jnp.abs(many[0] - many[7]).max() > 0.1, "two samples of class 0"
 
 
+# Trajectories
+
+PROCESSES = [
+    (sampling.ddpm, DDPM(50, variance="fixed_small")),
+    (sampling.ddim, DDPM(50, variance="fixed_small")),
+    (sampling.euler, make_flow("v")),
+    (sampling.heun, make_flow("v")),
+]
+
+
+@pytest.mark.parametrize("sampler, process", PROCESSES)
+def test_a_trajectory_is_what_the_network_saw_and_then_the_image(sampler, process):
+    seen = []
+
+    def network(x: jax.Array, t: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda x, t: seen.append((x, float(t[0]))), x, t, ordered=True)
+        return 0.1 * x
+
+    draw = partial(sampler, process, network, keys(2), SHAPE, 7)
+    image, whole = jax.block_until_ready(draw(trajectory=True, frames=100))
+    states = slice(None, None, 2) if sampler is sampling.heun else slice(None)
+    given, times = zip(*seen[states], strict=True)
+    np.testing.assert_allclose(whole.x, [*given, image], atol=1e-6)
+    if isinstance(process, Flow):
+        levels = np.array(times) / 1000
+    else:
+        levels = np.sqrt(1 - process.alphas_cumprod[np.array(times, int)])
+    np.testing.assert_allclose(whole.noise_level, [*levels, 0], atol=1e-6)
+
+    np.testing.assert_allclose(draw(), image, atol=1e-6)
+    _, some = draw(trajectory=True, frames=4)
+    for all_states, few in zip(whole, some, strict=True):
+        np.testing.assert_allclose(few, all_states[np.array([0, 2, 5, 7])], atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler, process", PROCESSES)
+def test_a_trajectory_takes_the_memory_of_its_frames_whatever_the_steps(sampler, process):
+    def draw(keys: jax.Array) -> tuple:
+        return sampler(process, lambda x, t: x, keys, (8, 8, 4), 50, trajectory=True, frames=5)
+
+    arrays = variables(jax.make_jaxpr(draw)(keys(2)).jaxpr)
+    assert max(array.size for array in arrays) == 5 * 2 * 8 * 8 * 4
+
+
+def variables(jaxpr) -> list:
+    """The types of everything that a traced computation makes, also inside its inner ones."""
+    inner = [inner for e in jaxpr.eqns for inner in jaxprs_in_params(e.params)]
+    made = [variable.aval for equation in jaxpr.eqns for variable in equation.outvars]
+    return made + [aval for jaxpr in inner for aval in variables(jaxpr)]
+
+
 # The null condition
 
 
@@ -254,6 +306,8 @@ def test_the_null_condition_is_the_class_and_the_mask_past_the_last_in_the_same_
     np.testing.assert_array_equal(null["mask"], np.full((3, 4, 4), 2))
     assert null["mask"].dtype == jnp.uint8
     assert null_condition({"y": jnp.array([3])}, SEVEN).keys() == {"y"}
+    mixtures = null_condition({"y": jnp.full((3, 8), 0.125)}, SEVEN)
+    np.testing.assert_array_equal(mixtures["y"], jax.nn.one_hot(null["y"], 8))
 
 
 def dropped(label_dropout: float, mask_dropout: float, count=2000) -> tuple[np.ndarray, np.ndarray]:

@@ -3,13 +3,16 @@
 import io
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Pictures
+from conftest import TINY, Pictures, run_train
 from PIL import Image
 
+from dit import cli
 from dit.config import Data, InputError
+from dit.data import open_dataset
 from dit.tfds import Decoded, Undecodable
 
 PICTURES = Data(name="pictures", image_size=5, channels=1, num_classes=3)
@@ -137,3 +140,92 @@ def test_masks_that_are_not_what_the_config_says_are_refused():
         read(from_zero, 3)
     with pytest.raises(InputError, match="2 should be that of masks which hold 1 to 3"):
         read(record, 2)
+
+
+# Builders of one's own
+
+BUILDER = """
+import numpy as np
+import tensorflow_datasets as tfds
+
+
+class NAME(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        image = tfds.features.Image(shape=(8, 8, 1))
+        label = tfds.features.ClassLabel(names=["dark", "light", "white"])
+        features = tfds.features.FeaturesDict({"image": image, "label": label})
+        return self.dataset_info_from_configs(features=features)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(7):
+            yield i, {"image": np.full((8, 8, 1), 30 * i, np.uint8), "label": i // 3}
+"""
+CONFIG = """
+from dit.config import Config, Data
+
+config = Config(name="mine", data=Data(name="SET", image_size=8, channels=1))
+"""
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path) -> Path:
+    """A folder for config files, beside that of TFDS, where asking the network is an error."""
+    import requests
+
+    def no_network(*args, **options):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(requests.Session, "request", no_network)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("place", ["defined in", "beside"])
+def test_a_builder_of_ones_own_is_prepared_and_read_without_a_network(offline, place):
+    if place == "beside":
+        (offline / "own_shapes.py").write_text(BUILDER.replace("NAME", "BesideShapes"))
+        text, name = "import own_shapes\n" + CONFIG, "beside_shapes"
+    else:
+        text, name = BUILDER.replace("NAME", "DefinedShapes") + CONFIG, "defined_shapes"
+    (offline / "own_config.py").write_text(text.replace("SET", name))
+    argv = [str(offline / "own_config.py")]
+    assert not cli.joins_hosts(argv), "which runs the file too"
+    config = cli.parse_config(argv, "train.py", "")
+    dataset = open_dataset(config.data)
+    assert dataset.class_names == ("dark", "light", "white")
+    order = np.argsort(dataset.records.images[:, 0, 0, 0])
+    assert dataset.records.images[order, 3, 5, 0].tolist() == [0, 30, 60, 90, 120, 150, 180]
+    assert dataset.records.labels[order].tolist() == [0, 0, 0, 1, 1, 1, 2]
+    assert open_dataset(config.data).class_names == dataset.class_names, "from what is prepared"
+
+
+@pytest.mark.parametrize(
+    "name, set_name, sound, broken, words",
+    [
+        ("BadInfo", "bad_info", "tfds.features.Image", "np.Imag", "works (AttributeError: module "),
+        ("BadItems", "bad_items", "30 * i", "30 // 0", "works (ZeroDivisionError: "),
+        ("BadShape", "bad_shape", "np.full((8, 8, 1)", "np.full((8, 7, 1)", "works (ValueError: "),
+        (
+            "BadLabel",
+            "bad_label",
+            '"label": label',
+            '"other": label',
+            "images with one class label",
+        ),
+    ],
+)
+def test_what_goes_wrong_in_a_builder_is_named(
+    refused, offline, name, set_name, sound, broken, words
+):
+    builder = BUILDER.replace("NAME", name).replace(sound, broken)
+    (offline / "own_config.py").write_text(builder + CONFIG.replace("SET", set_name))
+    line = refused(run_train, offline / "own_config.py", *TINY[1:])
+    assert f"data.name: {set_name!r} should " in line
+    assert words in line

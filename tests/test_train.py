@@ -19,7 +19,7 @@ from on_hosts import signal_at
 from PIL import Image
 
 import train
-from dit import checkpoint, cli, generate, log
+from dit import checkpoint, cli, generation, log
 from dit.config import Stopped
 from dit.data import InMemory
 from dit.sharding import make_mesh
@@ -179,6 +179,14 @@ def test_what_is_done_every_n_steps_is_done_at_the_last_one_too(step, every, due
     assert train.is_due(step, every, 10) == due
 
 
+def test_a_block_that_there_is_not_is_refused_before_anything_is_written(refused, tmp_path):
+    flags = ["--workdir", tmp_path / "run", "--model.conditioning", "film"]
+    line = refused(run_train, *TINY, *flags)
+    words = "'film' should be one of adaln_zero, adaln, cross_attention, in_context"
+    assert line == f"train.py: model.conditioning: {words}"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_workdir_that_cannot_be_written_is_refused(refused, tmp_path):
     (tmp_path / "file").touch()
     line = refused(run_train, *TINY, "--workdir", tmp_path / "file/run")
@@ -216,7 +224,7 @@ def spied_run(tmp_path_factory) -> tuple[Path, list, list]:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_evaluation", make_evaluation)
-        patch.setattr(generate, "make_grid_sampler", make_grid_sampler)
+        patch.setattr(generation, "make_grid_sampler", make_grid_sampler)
         train.train(config)
     return workdir, measured, drawn
 
@@ -250,7 +258,7 @@ def test_neither_is_done_where_it_is_not_asked_for(tmp_path, monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr(train, "make_evaluation", never)
-    monkeypatch.setattr(generate, "make_grid_sampler", never)
+    monkeypatch.setattr(generation, "make_grid_sampler", never)
     train.train(tiny_config(train=dict(workdir=str(tmp_path), steps=1)))
     assert list((tmp_path / "samples").iterdir()) == []
 
@@ -306,7 +314,7 @@ def test_a_finished_run_is_left_as_it_is_and_a_longer_one_goes_on(whole_run, tmp
     [
         (["--model.depth", "3"], "model.depth: 3, where 2 is stored"),
         (["--train.seed", "1"], "train.seed: 1, where 0 is stored"),
-        (["--optim.learning-rate", "0.5"], "optim.learning_rate: 0.5, where 0.002 is stored"),
+        (["--optim.beta1", "0.5"], "optim.beta1: 0.5, where 0.9 is stored"),
     ],
 )
 def test_a_workdir_of_another_run_is_refused_by_the_field(refused, whole_run, flags, words):
@@ -314,6 +322,37 @@ def test_a_workdir_of_another_run_is_refused_by_the_field(refused, whole_run, fl
     line = refused(run_train, *TINY, "--workdir", whole_run, "--train.steps", "30", *flags)
     assert words in line
     assert files(whole_run) == before
+
+
+def test_a_run_goes_on_with_what_steers_it_changed(whole_run, tmp_path, capsys):
+    """Without a learning rate the parameters stay, and without a decay they are the average."""
+    workdir = tmp_path / "run"
+    shutil.copytree(whole_run, workdir)
+    steering = "--optim.learning-rate 0 --optim.ema-decay 0 --optim.grad-clip 0.5".split()
+    state = run_train(*TINY, "--workdir", workdir, *steering, "--train.steps", "22")
+    out = capsys.readouterr().out
+    assert "optim.learning_rate is now 0.0, and was 0.002\n" in out
+    assert "train.steps is now 22, and was 20\n" in out
+    before, _ = checkpoint.load(whole_run, ema=False)
+    for model in (state.model, state.ema):
+        assert largest_difference(jax.device_put(model, jax.devices()[0]), before) == 0
+    (entry,) = json.loads((workdir / "config.json").read_text())["history"]
+    assert entry["step"] == 20
+    assert entry["optim.grad_clip"] == [None, 0.5]
+    assert rows(workdir)[-1]["learning_rate"] == 0
+    assert checkpoint.stored_config(workdir, 22).optim.learning_rate == 0
+
+
+def test_a_finished_cosine_takes_the_advice_to_go_on(tmp_path, capsys):
+    options = [*TINY, "--optim.schedule", "cosine", "--workdir", tmp_path, "--train.steps"]
+    run_train(*options, 2)
+    capsys.readouterr()
+    run_train(*options, 2)
+    advice = "already at step 2: nothing to do before --train.steps 3\n"
+    assert capsys.readouterr().out == advice
+    run_train(*options, 3)
+    assert "; it falls to 0 at step 3\n" in capsys.readouterr().out
+    assert checkpoint.steps(tmp_path) == [3, 2]
 
 
 def test_from_a_damaged_checkpoint_the_run_goes_back_and_makes_it_again(
@@ -359,6 +398,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert checkpoint.newest_intact(tmp_path) == (step - 1, [])
     assert rows(tmp_path)[-1]["step"] == step - 1
     assert all(np.isfinite(array).all() for array in arrays(tmp_path, step - 1))
+    for bad in range(2, step):  # of parameters that are finite, and too large
+        shutil.rmtree(tmp_path / f"checkpoints/{bad}")
+    run_train(*TINY, "--workdir", tmp_path, "--train.steps", step + 1)
+    assert checkpoint.newest_intact(tmp_path) == (step + 1, [])
 
 
 def test_no_checkpoint_is_made_of_a_state_that_is_not_finite(tmp_path, capsys):

@@ -3,9 +3,12 @@
 Reads a DiT of the authors' release (.pt: a state dict or a training checkpoint with `ema`; the same
 names in .safetensors) or of diffusers (a folder with config.json), and writes a folder that
 sample.py takes. With --to, SOURCE is such a folder or a run's, and OUT a .pt or .safetensors file
-(official) or a folder (diffusers). Every tensor and every shape is accounted for.
+(official) or a folder (diffusers). Every tensor and every shape is accounted for. What no shape
+says, such as the number of heads and the noise schedule, travels in the metadata of what we write.
 """
 
+import dataclasses
+import json
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -15,7 +18,17 @@ from typing import Annotated, Literal
 import tyro
 
 from dit import cli
-from dit.config import Config, InputError, LocalPath, PositiveInt, check_value, require
+from dit.config import (
+    Config,
+    InputError,
+    LocalPath,
+    PositiveInt,
+    check_value,
+    from_json,
+    one_line,
+    require,
+)
+from dit.files import naming
 
 Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
 Out = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
@@ -36,8 +49,8 @@ if __name__ == "__main__":  # --help and bad input are answered before jax is im
 
 from dit import checkpoint
 from dit.imagenet.diffusers import read_diffusers, write_diffusers
-from dit.imagenet.official import from_official, to_official
-from dit.imagenet.tensors import read_tensors, write_tensors
+from dit.imagenet.official import from_official, hold_config, infer_config, to_official
+from dit.imagenet.tensors import DESCRIPTION, read_described, write_tensors
 from dit.model import DiT, count_parameters
 from dit.tfds import imagenet_names
 
@@ -48,15 +61,18 @@ def run(options: Convert) -> None:
     source, out = Path(options.source), Path(options.out)
     check_out(out)
     if options.to is None:
-        model, config = read(source, options.num_heads)
-        names = class_names(config.data.num_classes)
+        model, config, names = read(source, options.num_heads)
         checkpoint.save_weights(out, model, config, names)
     else:
-        model, config = checkpoint.load(source)
+        workdir, step, damaged = checkpoint.find(source, option="SOURCE")
+        for line in damaged:
+            print(line)
+        model, config = checkpoint.load(workdir, step=step)
+        names = checkpoint.stored_dataset(workdir, step)["class_names"]
         objective = config.objective.name
         expected = "ddpm: the other layouts do not say for which objective a model is"
         require(objective == "ddpm", "SOURCE: objective.name", objective, expected)
-        write(model, out, options.to)
+        write(model, out, options.to, describe(config, names))
     size = config.data.image_size
     print(
         f"wrote {out}: {config.name}, width {model.hidden_size}, {model.depth} blocks, "
@@ -78,13 +94,51 @@ def check_out(out: Path) -> None:
         ) from error
 
 
-def read(source: Path, num_heads: int | None) -> tuple[DiT, Config]:
-    """The model of a file in the authors' layout, or of a diffusers folder. Raises InputError."""
+def read(source: Path, num_heads: int | None) -> tuple[DiT, Config, tuple[str, ...]]:
+    """The model of a file in the authors' layout, or of a diffusers folder, its config and classes.
+
+    num_heads: the option, for a source that does not say them. Raises InputError.
+    """
+    heads = described = None
     if source.is_dir():
-        tensors, num_heads = read_diffusers(source)
+        tensors, description, heads = read_diffusers(source)
     else:
-        tensors = read_tensors(source)
-    return from_official(tensors, num_heads, source)
+        tensors, description = read_described(source)
+    if description is not None:
+        described, names = read_description(description, source)
+        heads = heads or described.model.num_heads
+    agrees = None in (heads, num_heads) or heads == num_heads
+    require(agrees, "--num-heads", num_heads, f"{heads}, as {source} says")
+
+    config = infer_config(tensors, heads or num_heads, source)
+    if described is None:
+        names = class_names(config.data.num_classes)
+        print(f"{source} says no noise schedule: taken for the authors', 1000 timesteps, linear")
+    else:
+        hold_config(described, config, source)
+        config = described
+    return from_official(tensors, config, source), config, names
+
+
+def describe(config: Config, names: list[str]) -> str:
+    """What a file says beside its tensors: all that sampling needs and no shape says."""
+    return json.dumps({"config": dataclasses.asdict(config), "class_names": names})
+
+
+def read_description(text: str, source: Path) -> tuple[Config, tuple[str, ...]]:
+    """The config and the class names of `describe`. Raises InputError."""
+    try:
+        values = json.loads(text)
+        config, names = values["config"], values["class_names"]
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise InputError(
+            f"{source}: its metadata {DESCRIPTION!r} should be a config and class names "
+            f"({one_line(error)})"
+        ) from error
+    with naming(source):
+        config = from_json(config)
+    checkpoint.check_names(source, names, config)
+    return config, tuple(names)
 
 
 def class_names(num_classes: int) -> tuple[str, ...]:
@@ -92,7 +146,7 @@ def class_names(num_classes: int) -> tuple[str, ...]:
     return imagenet_names() if num_classes == 1000 else tuple(map(str, range(num_classes)))
 
 
-def write(model: DiT, out: Path, layout: str) -> None:
+def write(model: DiT, out: Path, layout: str, description: str) -> None:
     """Writes a model in the layout "official" or "diffusers". Raises InputError."""
     design, masks, ratio = model.conditioning, model.mask_classes, model.mlp_ratio
     expected = "of adaln_zero blocks, which the other layouts have"
@@ -102,11 +156,11 @@ def write(model: DiT, out: Path, layout: str) -> None:
     if layout == "official":
         is_file = out.suffix in (".pt", ".safetensors")
         require(is_file, "OUT", str(out), "a .pt or .safetensors file")
-        write_tensors(out, to_official(model))
+        write_tensors(out, to_official(model), description)
     else:
         expected = "4, the only one that diffusers knows"
         require(ratio == 4, "SOURCE: model.mlp_ratio", ratio, expected)
-        write_diffusers(out, model)
+        write_diffusers(out, model, description)
 
 
 if __name__ == "__main__":

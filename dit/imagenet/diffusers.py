@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from dit.config import (
+    LATENT_CHANNELS,
     MAX_SIDE,
     VAE_FACTOR,
     InputError,
@@ -77,15 +78,15 @@ def to_diffusers(official: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return tensors
 
 
-def read_diffusers(folder: Path) -> tuple[Tensors, int]:
-    """The official tensors of a DiT's folder or its pipeline's, and its number of heads.
+def read_diffusers(folder: Path) -> tuple[Tensors, Any, int]:
+    """The official tensors of a DiT's folder or its pipeline's, their description, and its heads.
 
     Raises InputError.
     """
     folder = files.component_folder(folder, "transformer")
     source = files.weights_file(folder)
     sizes = read_sizes(folder)
-    tensors = files.read_tensors(source)
+    tensors, description = files.read_described(source)
     hold_sizes(sizes, tensors, folder / "config.json", source)
     model = jax.eval_shape(lambda: DiT(**sizes, rngs=nnx.Rngs(0)))
     tensors.pop("pos_embed.pos_embed", None)  # older files keep the fixed positions
@@ -100,7 +101,7 @@ def read_diffusers(folder: Path) -> tuple[Tensors, int]:
         else:
             check_copies(names, parts, source)
             official[name] = parts[0]
-    return official, model.num_heads
+    return official, description, model.num_heads
 
 
 def hold_sizes(sizes: dict[str, Any], tensors: Tensors, path: Path, source: Path) -> None:
@@ -129,9 +130,10 @@ def read_sizes(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     for name in SIZES:
         check_value(f"{path}: {name}", config.get(name), PositiveInt)
-    size, most = config["sample_size"], MAX_SIDE // VAE_FACTOR
-    require(size <= most, f"{path}: sample_size", size, f"at most {most}")
     num_heads, channels = config["num_attention_heads"], config["in_channels"]
+    size = config["sample_size"]
+    most = MAX_SIDE // VAE_FACTOR if channels == LATENT_CHANNELS else MAX_SIDE
+    require(size <= most, f"{path}: sample_size", size, f"at most {most}")
     return dict(
         input_size=size,
         patch_size=config["patch_size"],
@@ -144,13 +146,13 @@ def read_sizes(folder: Path) -> dict[str, Any]:
     )
 
 
-def write_diffusers(folder: Path, model: DiT) -> None:
+def write_diffusers(folder: Path, model: DiT, description: str | None = None) -> None:
     with whole(folder) as unfinished:
         unfinished.mkdir()
         config = json.dumps(class_config(model), indent=2)
         (unfinished / "config.json").write_text(config + "\n")
         weights = unfinished / "diffusion_pytorch_model.safetensors"
-        files.write_tensors(weights, to_diffusers(to_official(model)))
+        files.write_tensors(weights, to_diffusers(to_official(model)), description)
 
 
 def class_config(model: DiT) -> dict[str, Any]:

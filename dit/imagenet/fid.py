@@ -43,7 +43,7 @@ import numpy as np
 from dit import metrics
 from dit.data import Dataset, open_dataset, tfds_config
 from dit.files import whole
-from dit.generate import Check, draw_batches, draw_labels, make_condition, make_draw
+from dit.generation import Check, draw_batches, draw_labels, make_condition, make_draw
 from dit.imagenet.inception import Features, load_inception
 from dit.images import BATCH, open_npz
 from dit.log import say, with_progress
@@ -134,15 +134,22 @@ def warn_of_few(samples: int) -> None:
 
 
 def open_reference(
-    option: str, name: str, split: str, size: int, extract: Extract, save: str | None = None
+    option: str,
+    name: str,
+    split: str,
+    size: int,
+    extract: Extract,
+    save: str | None = None,
+    channels: int = 3,
 ) -> Statistics:
     """The reference in an .npz of statistics or images, or that of a data set at a size in pixels.
 
-    `save` is a file for the data set's statistics. Raises InputError, naming `option`.
+    `save` is a file for the data set's statistics. `channels` are those of a folder's pictures.
+    Raises InputError, naming `option`.
     """
     if name.endswith(".npz"):
         return read_reference(option, Path(name), extract)
-    dataset = open_dataset(tfds_config(name, split, size))
+    dataset = open_dataset(tfds_config(name, split, size, channels))
     count = len(dataset.records)
     require(count > 1, "--split", split, "one of more than one image")
     batches = with_progress(dataset_batches(dataset), count)
@@ -244,7 +251,8 @@ def make_evaluation(
     name = config.eval.reference or config.data.name
     split, size = config.data.split, config.data.image_size
     extract_here = make_extract(config.eval.inception, local_mesh())
-    reference = open_reference("eval.reference", name, split, size, extract_here)
+    channels = config.data.channels
+    reference = open_reference("eval.reference", name, split, size, extract_here, channels=channels)
     labels = draw_labels(
         config.eval.labels, config.train.seed, np.arange(config.data.num_classes), count
     )
@@ -283,7 +291,13 @@ def run(options: Fid) -> Scores:
     extract = make_extract(options.inception, local_mesh())
     warn_of_few(count)
     reference = open_reference(
-        "--reference", options.reference, options.split, size, extract, options.save_reference
+        "--reference",
+        options.reference,
+        options.split,
+        size,
+        extract,
+        options.save_reference,
+        channels=shape[3],
     )
     samples = measure(with_progress(batches, count), extract)
     scores = scores_of(samples, reference)

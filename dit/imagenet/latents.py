@@ -1,9 +1,10 @@
 """Images to VAE latents: python -m dit.imagenet.latents DATASET --vae VAE_DIR --out OUT
 
-Each image of a TFDS data set is cropped to the centre. The mean and the standard deviation of its
-posterior, and of its mirror image's, are kept in float16: 32 KiB at 256x256, 42 GB for ImageNet.
-OUT is a TFDS folder in ArrayRecord, which Grain reads too. Killed and started again, it goes on at
-the first shard that is missing, to the same bytes.
+DATASET is a TFDS data set, or a folder with a subfolder of pictures for each class. Each is cropped
+to the centre. The mean and the standard deviation of its posterior, and of its mirror image's, are
+kept in float16: 32 KiB at 256x256, 42 GB for ImageNet. OUT is a TFDS folder in ArrayRecord, which
+Grain reads too. Killed and started again, it goes on at the first shard that is missing, to the
+same bytes.
 """
 
 import functools
@@ -33,11 +34,11 @@ DatasetName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATASE
 
 @dataclass(frozen=True)
 class MakeLatents:
-    name: DatasetName  # a TFDS data set of colour images with one label
+    name: DatasetName  # a TFDS data set of colour images with one label, or a folder of pictures
     vae: str  # folder of a diffusers AutoencoderKL: config.json and its weights
     out: LocalPath  # folder to write; --data.latents of train.py
     size: PositiveInt = 256  # side of the cropped image, in pixels; a multiple of 8
-    split: str = "train"  # TFDS split
+    split: str = "train"  # or a slice of it, such as train[:90%]
     batch_size: PositiveInt = 32  # images at a time, on each device
     shard_size: PositiveInt = 1024  # images in one file
     distributed: bool = False  # several hosts, which share the folder OUT
@@ -54,14 +55,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dit.data import tfds_config
+from dit.data import open_decoded, tfds_config
 from dit.files import claim_folder, whole
-from dit.generate import num_vae_parts
+from dit.folder import is_folder
+from dit.generation import num_vae_parts
 from dit.imagenet.vae import VAE, load_vae
 from dit.images import from_uint8
 from dit.log import Progress, say
 from dit.sharding import local_mesh, map_parts, place_rows, replicated
-from dit.tfds import Decoded, Record, Undecodable, open_tfds
+from dit.tfds import Decoded, Record, Undecodable
 
 THREADS = 16  # that decode images
 
@@ -156,7 +158,7 @@ class Shard(NamedTuple):
 def plan_shards(options: MakeLatents, num_records: int) -> list[Shard]:
     """The files that hold the latents, under the names that TFDS expects."""
     count = math.ceil(num_records / options.shard_size)
-    name = re.sub(r"[^a-z0-9_]", "_", options.name)
+    name = re.sub(r"[^a-z0-9_]", "_", set_name(options))
     prefix = f"{name}_latents-{split_name(options)}.array_record"
     shards = []
     for i in range(count):
@@ -165,6 +167,13 @@ def plan_shards(options: MakeLatents, num_records: int) -> list[Shard]:
         stop = min(start + options.shard_size, num_records)
         shards.append(Shard(path, range(start, stop)))
     return shards
+
+
+def set_name(options: MakeLatents) -> str:
+    """The data set's name, or that of its folder, which TFDS wants to begin with a letter."""
+    if not is_folder(options.name):
+        return options.name
+    return f"folder_{Path(options.name).resolve().name.lower()}"
 
 
 def split_name(options: MakeLatents) -> str:
@@ -262,7 +271,7 @@ def open_records(options: MakeLatents) -> tuple[Decoded, tuple[str, ...]]:
     config = tfds_config(options.name, options.split, options.size)
     has_colours = config.channels == 3
     require(has_colours, "DATASET", options.name, "one of colour images, which the VAE takes")
-    records, class_names = open_tfds(config)
+    records, class_names = open_decoded(config)
     first = records.source[0]
     is_labelled = first[records.label_key] >= 0
     require(is_labelled, "--split", options.split, "a split with labels")

@@ -1,5 +1,6 @@
 """The authors' layout of a DiT: its parameters by their names, and its sizes from their shapes."""
 
+import operator
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ from dit.files import naming
 from dit.imagenet import tensors as files
 from dit.imagenet.tensors import Tensors, from_torch, to_torch
 from dit.model import DiT, position_embedding
-from dit.state import make_model
+from dit.state import abstract_model
 
 # Our module: theirs. Our stack of blocks is one module a block there, {} its number.
 NAMES = {
@@ -62,10 +63,9 @@ def to_official(model: DiT) -> dict[str, jax.Array]:
     return tensors
 
 
-def from_official(tensors: Tensors, num_heads: int | None, source: Path) -> tuple[DiT, Config]:
-    """The model whose sizes the tensors' shapes say, and its config. Raises InputError."""
-    config = infer_config(tensors, num_heads, source)
-    model = jax.eval_shape(lambda: make_model(config, jax.random.key(0)))
+def from_official(tensors: Tensors, config: Config, source: Path) -> DiT:
+    """The model of the tensors, whose config was inferred from them. Raises InputError."""
+    model = abstract_model(config)
     files.account(tensors, jax.eval_shape(to_official, model), source)
     if not np.allclose(tensors["pos_embed"], positions_of(model), atol=1e-4):
         raise InputError(
@@ -79,15 +79,18 @@ def from_official(tensors: Tensors, num_heads: int | None, source: Path) -> tupl
         names = [name.format(i) for i in range(model.depth)]
         return np.stack([from_torch(path, tensors[name]) for name in names])
 
-    return files.with_parameters(model, make), config
+    return files.with_parameters(model, make)
 
 
 def infer_config(tensors: Tensors, num_heads: int | None, source: Path) -> Config:
-    """The config of a DiT on VAE latents, from the shapes of its tensors. Raises InputError."""
+    """The config that the shapes of a DiT's tensors say, of the authors' recipe. Raises InputError.
+
+    Four channels are taken for the VAE's, one or three for pixels.
+    """
     check_ranks(tensors, source)
     D, C, p, _ = shape = tensors["x_embedder.proj.weight"].shape
-    expected = f"of a model of {LATENT_CHANNELS} latent channels"
-    require(C == LATENT_CHANNELS, f"{source}: x_embedder.proj.weight", shape, expected)
+    expected = f"of a model of {LATENT_CHANNELS} latent channels, or of 1 or 3 colours"
+    require(C in (1, 3, LATENT_CHANNELS), f"{source}: x_embedder.proj.weight", shape, expected)
     positions = tensors["pos_embed"].shape
     expected = f"of the width {D}, that of x_embedder.proj.weight"
     require(positions[2] == D, f"{source}: pos_embed", positions, expected)
@@ -97,15 +100,17 @@ def infer_config(tensors: Tensors, num_heads: int | None, source: Path) -> Confi
     names = [name for name, preset in PRESETS.items() if preset == sizes]
 
     ratio = tensors["blocks.0.mlp.fc1.weight"].shape[0] / D
+    is_latent = C == LATENT_CHANNELS
     side = round(positions[1] ** 0.5) * p
+    image_size = side * VAE_FACTOR if is_latent else side
     classes = tensors["y_embedder.embedding_table.weight"].shape[0] - 1
     learns_variance = tensors["final_layer.linear.weight"].shape[0] == 2 * p * p * C
     data = dit_config.Data(
         name="imagenet2012" if classes == 1000 else "unknown",
-        image_size=side * VAE_FACTOR,
-        channels=3,
+        image_size=image_size,
+        channels=3 if is_latent else C,
         num_classes=classes,
-        latents=f"latents/imagenet{side * VAE_FACTOR}",
+        latents=f"latents/imagenet{image_size}" if is_latent else None,
         flip=True,
     )
     variance = "learned_range" if learns_variance else "fixed_large"
@@ -118,6 +123,28 @@ def infer_config(tensors: Tensors, num_heads: int | None, source: Path) -> Confi
     )
     with naming(source):
         return config.validate()
+
+
+def hold_config(config: Config, inferred: Config, source: Path) -> None:
+    """Holds a config that a file describes against what its tensors say. Raises InputError."""
+    for name in (
+        "model.hidden_size",
+        "model.depth",
+        "model.num_heads",
+        "model.patch_size",
+        "model.conditioning",
+        "input_shape",
+        "data.num_classes",
+        "data.mask_classes",
+        "objective.name",
+        "objective.learns_variance",
+    ):
+        value, expected = operator.attrgetter(name)(config), operator.attrgetter(name)(inferred)
+        require(value == expected, f"{source}: {name}", value, f"{expected!r}, as its tensors say")
+    width, ratio = inferred.model.hidden_size, config.model.mlp_ratio
+    expected = f"near {inferred.model.mlp_ratio:.6g}, as its tensors say"
+    fits = int(width * ratio) == round(width * inferred.model.mlp_ratio)
+    require(fits, f"{source}: model.mlp_ratio", ratio, expected)
 
 
 def check_ranks(tensors: Tensors, source: Path) -> None:

@@ -11,8 +11,10 @@ differently from Flax and turns kernels around:
 """
 
 import argparse
+import collections
 import itertools
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +29,8 @@ from dit.config import InputError, one_line, require
 from dit.files import read_json, whole
 
 Tensors = dict[str, np.ndarray]
+
+DESCRIPTION = "minimal_dit"  # the name of what we write beside the tensors: a text, by convert.py
 
 
 # Names and orientation
@@ -108,21 +112,29 @@ def count_blocks(tensors: Tensors, stack: str) -> int:
 
 def read_tensors(path: Path) -> Tensors:
     """The tensors of a .safetensors file or of a PyTorch state dict, float32. Raises InputError."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: should be a file of weights, and there is none")
-    is_safetensors = path.suffix == ".safetensors"
-    tensors = read_safetensors(path) if is_safetensors else read_state_dict(path)
-    for name, tensor in tensors.items():
-        require(tensor.size > 0, f"{path}: {name}", tensor.shape, "of more than 0 along each axis")
+    tensors, _ = read_described(path)
     return tensors
 
 
-def read_safetensors(path: Path) -> Tensors:
+def read_described(path: Path) -> tuple[Tensors, Any]:
+    """The tensors of a file, and the description beside them, None if there is none."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: should be a file of weights, and there is none")
+    is_safetensors = path.suffix == ".safetensors"
+    tensors, description = read_safetensors(path) if is_safetensors else read_state_dict(path)
+    for name, tensor in tensors.items():
+        require(tensor.size > 0, f"{path}: {name}", tensor.shape, "of more than 0 along each axis")
+    return tensors, description
+
+
+def read_safetensors(path: Path) -> tuple[Tensors, str | None]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: np.asarray(file.get_tensor(name), np.float32) for name in file.keys()}
+            description = (file.metadata() or {}).get(DESCRIPTION)
+            names = file.keys()
+            return {n: np.asarray(file.get_tensor(n), np.float32) for n in names}, description
     except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{path}: should be a whole safetensors file of floating-point numbers "
@@ -130,12 +142,13 @@ def read_safetensors(path: Path) -> Tensors:
         ) from error
 
 
-def read_state_dict(path: Path) -> Tensors:
+def read_state_dict(path: Path) -> tuple[Tensors, Any]:
     """A PyTorch file; of a training checkpoint its `ema`. Code in it is never run."""
     torch = import_torch(path)
     try:
         # a training checkpoint keeps its options in a Namespace, of plain values
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        is_known = torch.serialization.safe_globals([argparse.Namespace])
+        with is_known, warnings.catch_warnings(action="ignore"):  # torch's, of damaged files
             stored = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(stored, dict):
             stored = stored.get("ema", stored)
@@ -151,7 +164,15 @@ def read_state_dict(path: Path) -> Tensors:
             f"{path}: holds {kind!r}, which should be a PyTorch state dict: tensors by their names"
             ", each whole"
         )
-    return tensors
+    return tensors, description_of(stored)
+
+
+def description_of(state_dict: Any) -> Any:
+    """Where PyTorch keeps a module's metadata beside its tensors, "" being the whole module."""
+    try:
+        return state_dict._metadata[""][DESCRIPTION]
+    except (AttributeError, LookupError, TypeError):
+        return None
 
 
 def to_numpy(stored: Any, torch: ModuleType) -> Tensors | None:
@@ -170,17 +191,25 @@ def is_whole(tensor: Any) -> bool:
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
-def write_tensors(path: Path, tensors: dict[str, jax.Array]) -> None:
-    """Writes a .safetensors file, or a PyTorch state dict for any other suffix."""
+def write_tensors(
+    path: Path, tensors: dict[str, jax.Array], description: str | None = None
+) -> None:
+    """Writes a .safetensors file, or a PyTorch state dict for any other suffix.
+
+    The description lies in the file's metadata, where nobody who reads the tensors meets it.
+    """
+    metadata = {} if description is None else {DESCRIPTION: description}
     arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     with whole(path) as unfinished:
         if path.suffix == ".safetensors":
             from safetensors.numpy import save_file
 
-            save_file(arrays, unfinished, metadata={"format": "pt"})
+            save_file(arrays, unfinished, metadata={"format": "pt"} | metadata)
         else:
             torch = import_torch(path)
-            torch.save({name: torch.tensor(a) for name, a in arrays.items()}, unfinished)
+            state_dict = collections.OrderedDict((n, torch.tensor(a)) for n, a in arrays.items())
+            state_dict._metadata = {"": metadata}  # as in the state dict of any PyTorch module
+            torch.save(state_dict, unfinished)
 
 
 def import_torch(path: Path) -> ModuleType:

@@ -11,13 +11,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dit import sampling
-from dit.config import Config
+from dit.config import Config, check_sampler, check_steps, require
 from dit.data import Condition, Dataset, null_condition
 from dit.images import read_part, to_uint8, write_npz, write_part
 from dit.log import Progress, with_progress
 from dit.model import DiT
 from dit.normalization import AdaIN
-from dit.sharding import map_parts, num_parts, place_rows, replicated
+from dit.sharding import local_mesh, map_parts, num_parts, place_rows, replicated
 from dit.state import make_objective
 
 VAE_PIXELS = 2**19  # that the VAE decodes or encodes at a time on a device: 8 images of 256x256
@@ -55,14 +55,34 @@ def draw_labels(how: str, seed: int, classes: np.ndarray, count: int) -> np.ndar
     return np.asarray(classes, np.int32)[np.arange(count) % len(classes)]
 
 
+def mixtures(first: int, last: int, count: int, num_classes: int) -> np.ndarray:
+    """Weights that go from one class to another in equal steps, `[count, num_classes + 1]`."""
+    share = np.linspace(0, 1, count, dtype=np.float32)
+    weights = np.zeros((count, num_classes + 1), np.float32)
+    weights[:, first] += 1 - share
+    weights[:, last] += share
+    return weights
+
+
 def make_condition(
     labels: np.ndarray, config: Config, mask: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
     """The condition of labels `[N]` and, for a model with masks, of mask `[H, W]` or `[N, H, W]`.
 
-    A model with masks gets the null mask if none is given.
+    labels may be weights of the classes to mix, `[N, num_classes + 1]`. A model with masks gets the
+    null mask if none is given. Raises InputError.
     """
-    condition = {"y": np.asarray(labels, np.int32)}
+    labels, null = np.asarray(labels), config.data.num_classes
+    is_soft = labels.ndim == 2
+    if is_soft:
+        shape = (len(labels), null + 1)
+        require(labels.shape == shape, "labels", labels.shape, f"of the shape {shape}")
+    else:
+        are_labels = labels.ndim == 1 and labels.dtype.kind in "iu" and labels.size > 0
+        fits = are_labels and labels.min() >= 0 and labels.max() <= null
+        expected = f"integers from 0 to {null - 1}, or {null}, the null class"
+        require(fits, "labels", labels.tolist(), expected)
+    condition = {"y": labels.astype(np.float32 if is_soft else np.int32)}
     if config.data.mask_classes:
         H, W, _ = config.input_shape
         null = np.uint8(config.data.mask_classes)
@@ -90,17 +110,19 @@ def example_masks(dataset: Dataset, labels: np.ndarray) -> np.ndarray:
 def make_sampler(
     config: Config,
     mesh: jax.sharding.Mesh,
-    sampler: str,
+    sampler: str | Callable,
     steps: int,
     eta: float,
     cfg_channels: int | None,
     guidance_interval: tuple[float, float] | None,
     style_strength: float,
+    frames: int | None = None,
 ) -> Callable:
     """The function (model, vae, condition, indices, seed, scale, style) -> uint8 `[B, H, W, C]`.
 
-    One compilation serves every condition, seed and scale of guidance; None, for no guidance, has
-    its own, and so has no style.
+    With frames, F states of each sample from noise to image: `[B, F, H, W, C]`. One compilation
+    serves every condition, seed and scale of guidance; None, for no guidance, has its own, and so
+    has no style.
     """
     process = make_objective(config)
     samplers = {
@@ -109,10 +131,13 @@ def make_sampler(
         "euler": sampling.euler,
         "heun": sampling.heun,
     }
-    run = samplers[sampler]
+    run = sampler if callable(sampler) else samplers[sampler]
     if guidance_interval is not None:  # in the network's time
         low, high = guidance_interval
         guidance_interval = (process.time_scale * low, process.time_scale * high)
+
+    def to_images(x: jax.Array, vae: Any) -> jax.Array:
+        return to_uint8(x) if vae is None else decode(vae, x, config, mesh.devices.size)
 
     @partial(jax.jit, out_shardings=replicated(mesh))
     def sample(
@@ -132,8 +157,13 @@ def make_sampler(
         null = null_condition(condition, config.data)
         denoise = sampling.guided(model, condition, null, scale, cfg_channels, guidance_interval)
         keys = sampling.sample_keys(seed, indices)
-        x = run(process, denoise, keys, config.input_shape, steps, correct=correct)
-        return to_uint8(x) if vae is None else decode(vae, x, config, mesh.devices.size)
+        denoised = partial(run, process, denoise, keys, config.input_shape, steps, correct=correct)
+        if frames is None:
+            return to_images(denoised(), vae)
+        _, states = denoised(trajectory=True, frames=frames)
+        x = states.x.swapaxes(0, 1)  # [B, F, H, W, C]
+        images = to_images(x.reshape(-1, *config.input_shape), vae)
+        return images.reshape(*x.shape[:2], *images.shape[1:])
 
     return sample
 
@@ -144,7 +174,7 @@ def make_draw(
     condition: dict[str, np.ndarray],
     batch_size: int,
     *,
-    sampler: str,
+    sampler: str | Callable,
     steps: int,
     guidance: float = 1.0,
     eta: float = 0.0,
@@ -153,31 +183,88 @@ def make_draw(
     seed: int = 0,
     style: jax.Array | None = None,
     style_strength: float = 1.0,
+    frames: int | None = None,
+    same_noise: bool = False,
 ) -> Draw:
     """The function (model, vae, first) -> uint8 `[n, H, W, C]`, sampled on all devices of the mesh.
 
-    It draws the samples first .. first + n - 1 of the N that `condition` describes, where n is
+    sampler: a name, or a function as those of dit/sampling.py are, for the config's objective. It
+    draws the samples first .. first + n - 1 of the N that `condition` describes, where n is
     `batch_size`, or fewer at the end. Sample i is a function of (seed, i), whatever the batch and
     the number of devices. vae is None for pixels. style: pixels or latents `[1, h, w, C]`, whose
     channel means and deviations each prediction of x_0 takes. guidance_interval is in the
-    objective's own time.
+    objective's own time. frames: draw at most so many states of each sample, two or more, evenly
+    from noise to image: `[n, F, H, W, C]`. same_noise: every sample has that of sample 0.
     """
     num_samples = len(condition["y"])
     batch_size = min(batch_size, num_samples)
+    indices = np.zeros(num_samples, int) if same_noise else np.arange(num_samples)
     fixed = (sampler, steps, eta, cfg_channels, guidance_interval)
-    sample = make_sampler(config, mesh, *fixed, style_strength)
+    sample = make_sampler(config, mesh, *fixed, style_strength, frames)
     scale = None if guidance == 1 else guidance
     style = None if style is None else np.asarray(style)
 
     def draw(model: DiT, vae: Any, first: int) -> np.ndarray:
         stop = min(first + batch_size, num_samples)
         rows = {name: value[first:stop] for name, value in condition.items()}
-        inputs = place_rows((rows, np.arange(first, stop)), batch_size, mesh)
+        inputs = place_rows((rows, indices[first:stop]), batch_size, mesh)
         with jax.set_mesh(mesh):  # so that sharded weights are gathered, as in training
             images = sample(model, vae, *inputs, np.uint32(seed), scale, style)
         return np.asarray(images)[: stop - first]
 
     return draw
+
+
+def generate(
+    model: DiT,
+    config: Config,
+    labels: np.ndarray,
+    *,
+    guidance: float = 1.0,
+    seed: int = 0,
+    sampler: str | Callable | None = None,
+    steps: int | None = None,
+    vae: Any = None,
+    mask: np.ndarray | None = None,
+    batch_size: int = 256,
+    **options: Any,
+) -> np.ndarray:
+    """Images of labels `[N]`, or of weights of the classes to mix: uint8 `[N, H, W, C]`.
+
+    Image i is a function of (seed, i). sampler and steps: None is the run's. vae: of `load_vae`,
+    for a model of latents. mask: uint8 `[H, W]` or `[N, H, W]`. options: of `make_draw`, such as
+    `frames`. Raises InputError.
+    """
+    sampler, steps = sampler or config.sampler, steps or config.train.sample_steps
+    if isinstance(sampler, str):
+        check_sampler("sampler", sampler, config.objective)
+    check_steps("steps", steps, config.objective)
+    fits = (vae is None) == (config.data.latents is None)
+    expected = "given, as by dit.load_vae(folder), for a model of latents, and for no other"
+    require(fits, "vae", type(vae).__name__, expected)
+    mesh = local_mesh()
+    draw = make_draw(
+        config,
+        mesh,
+        make_condition(labels, config, mask),
+        batch_size,
+        sampler=sampler,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        **options,
+    )
+    model, vae = jax.device_put((model, vae), replicated(mesh))
+    return draw_all(draw, model, vae, len(labels), batch_size)
+
+
+def noise_levels(config: Config, steps: int, frames: int) -> np.ndarray:
+    """The noise level of each state that is drawn with `frames`, `[F]`.
+
+    The weight of the noise in x_t: sqrt(1 - abar_t) of DDPM, t of flow.
+    """
+    levels = make_objective(config).noise_levels(steps)
+    return levels[sampling.kept_steps(steps, frames)]
 
 
 def decode(vae: Any, latents: jax.Array, config: Config, devices: int) -> jax.Array:
