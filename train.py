@@ -1,7 +1,7 @@
 """Trains a Diffusion Transformer: python train.py PRESET_OR_FILE.py [--section.field value ...]
 
 Everything of a run is kept in runs/NAME (--name, or --workdir DIR): config.json, metrics.jsonl,
-TensorBoard events, samples/, loss.png, checkpoints/. The same command again resumes it, exactly.
+TensorBoard events, samples/, loss.png, checkpoints/. The same command again resumes it.
 With --dry-run it says what a run would be and cost, and tries its parts in a temporary folder.
 """
 
@@ -296,7 +296,7 @@ def train(config: Config, stop: StopRequest | None = None) -> State:
         checkpoint.Checkpoints(config, dataset) as checkpoints,
         Log(config, start, flops_per_image, unwritten) as log,
         stop,
-        ended_together(distributed),
+        ended_together(distributed, lambda: f", at step {log.progress.done}"),
     ):
         for step in range(start + 1, steps + 1):
             asked = time.perf_counter()

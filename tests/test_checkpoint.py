@@ -374,25 +374,41 @@ def test_a_state_of_another_size_or_step_is_refused(copy):
 
 
 @pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
-def test_arrays_that_orbax_cannot_read_are_refused_in_one_line(copy, name):
+def test_arrays_that_orbax_cannot_read_are_refused_in_one_line(copy, capfd, name):
     workdir, _ = copy
     (folder(workdir, 20) / "ema" / name).write_text("{}")
     seal(folder(workdir, 20))
     with pytest.raises(InputError, match=f"^{folder(workdir, 20)}/ema: ") as refusal:
         checkpoint.load(workdir)
     assert "\n" not in str(refusal.value)
+    assert capfd.readouterr().err == ""
 
 
-def test_the_note_that_orbax_keeps_for_itself_may_be_missing_but_not_of_another_kind(copy):
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"\xff", b'{"commit_timestamp_nsecs": "x"}'])
+def test_what_orbax_notes_beside_the_items_may_be_anything(copy, content):
     workdir, config = copy
-    note = folder(workdir, 20) / "_CHECKPOINT_METADATA"
-    note.write_text("[]")
-    with pytest.raises(InputError, match="_CHECKPOINT_METADATA is missing or Orbax's"):
-        save_steps(config, make_state(config, make_mesh(config)), [20])
-    note.unlink()
+    for name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
+        note = folder(workdir, 20) / name
+        note.unlink() if content is None else note.write_bytes(content)
     assert resume.step_to_resume(config, digits()) == (20, [])
-    save_steps(config, make_state(config, make_mesh(config)), [30])
+    save_steps(config, make_state(config, make_mesh(config)), [20, 30])
     assert checkpoint.steps(workdir) == [30, 20, 10]
+
+
+def test_no_bit_of_the_checksums_can_be_flipped_unnoticed(copy, monkeypatch):
+    step_folder = folder(copy[0], 20)
+    some = dict(list(checkpoint.checksums(step_folder).items())[:5])
+    monkeypatch.setattr(checkpoint, "checksums", lambda folder: some)
+    path = step_folder / "checksums.json"
+    content = json.dumps(some).encode()
+    path.write_bytes(content)
+    assert checkpoint.damage(step_folder) is None
+    for i in range(len(content)):
+        for bit in range(8):
+            flipped = bytearray(content)
+            flipped[i] ^= 1 << bit
+            path.write_bytes(flipped)
+            assert checkpoint.damage(step_folder), (i, bit)
 
 
 # The layout of an older version
