@@ -556,7 +556,7 @@ def test_a_stop_before_the_first_step_leaves_nothing(tmp_path, capsys):
 
 
 def test_a_stop_while_the_step_is_compiled_makes_none(tmp_path, monkeypatch):
-    stop = cli.StopRequest()
+    stop = StopRequest()
     before = train.lower_train_step
 
     def lower_train_step(config, mesh):
