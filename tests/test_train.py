@@ -279,8 +279,8 @@ def test_a_run_ends_with_the_command_that_samples_it(tmp_path, monkeypatch, caps
     assert Path(shutil.which(python) or python).samefile(sys.executable)
     assert Path(script).samefile(ROOT / "sample.py")
     assert argv == ["runs/my run", "--guidance", "2"]
-    run_sample(*argv, "--classes", "3", "--per-class", "1", "--out", "x.png")
-    assert Path("x.png").exists()
+    run_sample(*argv, "--classes", "3", "--per-class", "1")
+    assert Path("runs/my run/samples.png").exists()
 
 
 def test_a_dry_run_tries_every_part_and_leaves_nothing(tmp_path, monkeypatch, capsys):
