@@ -127,7 +127,9 @@ def score_by_protocol(options: Options, config: Config) -> None:
         sampler=options.sampler or sampler,
         steps=options.steps or steps,
     )
-    weights = f"average of decay {config.optim.ema_decay:g}" if request.ema else "last weights"
+    weights = (
+        f"average of decay {config.optim.averages['ema']:g}" if request.ema else "last weights"
+    )
     print(
         f"\nFID of {FID_SAMPLES:,} samples: {weights}, {request.sampler} in {request.steps} steps, "
         f"guidance {request.guidance:g}, {request.labels} labels"

@@ -279,8 +279,8 @@ def test_a_run_ends_with_the_command_that_samples_it(tmp_path, monkeypatch, caps
     assert Path(shutil.which(python) or python).samefile(sys.executable)
     assert Path(script).samefile(ROOT / "sample.py")
     assert argv == ["runs/my run", "--guidance", "2"]
-    run_sample(*argv, "--classes", "3", "--per-class", "1", "--out", "x.png")
-    assert Path("x.png").exists()
+    run_sample(*argv, "--classes", "3", "--per-class", "1")
+    assert Path("runs/my run/samples.png").exists()
 
 
 def test_a_dry_run_tries_every_part_and_leaves_nothing(tmp_path, monkeypatch, capsys):
@@ -556,7 +556,7 @@ def test_a_stop_before_the_first_step_leaves_nothing(tmp_path, capsys):
 
 
 def test_a_stop_while_the_step_is_compiled_makes_none(tmp_path, monkeypatch):
-    stop = cli.StopRequest()
+    stop = StopRequest()
     before = train.lower_train_step
 
     def lower_train_step(config, mesh):
