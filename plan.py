@@ -152,7 +152,7 @@ def estimate(config: Config, devices: list[jax.Device]) -> Estimate:
         raise
     held = {
         "parameters": share(state.model),
-        "average": share(state.ema),
+        "average": share(state.emas),
         "optimizer": share(state.opt_state),
         "batch": sum(math.prod(s) * np.dtype(t).itemsize for s, t in batch_shapes(config).values())
         / len(devices),

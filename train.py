@@ -1,7 +1,7 @@
 """Trains a Diffusion Transformer: python train.py PRESET_OR_FILE.py [--section.field value ...]
 
 Everything of a run is kept in runs/NAME (--name, or --workdir DIR): config.json, metrics.jsonl,
-TensorBoard events, samples/, loss.png, checkpoints/. The same command again resumes it, exactly.
+TensorBoard events, samples/, loss.png, checkpoints/. The same command again resumes it.
 With --dry-run it says what a run would be and cost, and tries its parts in a temporary folder.
 """
 
@@ -78,6 +78,7 @@ from dit.data import (
     open_dataset,
     with_num_classes,
 )
+from dit.heldout import make_held_out_loss
 from dit.imagenet.fid import make_evaluation
 from dit.imagenet.vae import load_vae
 from dit.images import save_grid
@@ -120,6 +121,9 @@ def train_step(config: Config, state: State, batch: Batch) -> tuple[State, Metri
     x, condition = augment(batch, data_key, config.data)  # [B, H, W, C]
     condition = drop_condition(condition, drop_key, config)
     sample_keys = jax.random.split(noise_key, len(x))  # one a sample, so parts equal the whole
+    if config.model.dropout:
+        other_key = partial(jax.random.fold_in, data=2)  # 0 and 1 are the time's and the noise's
+        condition["dropout_keys"] = jax.vmap(other_key)(sample_keys)
 
     def loss_and_grads(model: DiT, samples: tuple) -> tuple:
         return jax.value_and_grad(objective.loss, has_aux=True)(model, *samples)
@@ -130,12 +134,15 @@ def train_step(config: Config, state: State, batch: Batch) -> tuple[State, Metri
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
     model = optax.apply_updates(state.model, updates)
-    ema = update_ema(state.ema, model, state.step, config.optim.ema_decay)
+    emas = tuple(
+        update_ema(ema, model, state.step, decay)
+        for ema, decay in zip(state.emas, config.optim.averages.values(), strict=True)
+    )
 
     metrics["loss"] = loss
     metrics["grad_norm"] = optax.tree.norm(grads)
     metrics["learning_rate"] = jnp.asarray(schedule(state.step))
-    return State(state.step + 1, model, ema, opt_state), metrics
+    return State(state.step + 1, model, emas, opt_state), metrics
 
 
 def compile_train_step(config: Config, mesh: jax.sharding.Mesh) -> Callable:
@@ -178,16 +185,30 @@ def first_state(
 
 def make_judges(
     config: Config, dataset: Dataset, mesh: jax.sharding.Mesh, check_stop: Callable[[], None]
-) -> tuple[Callable | None, Callable | None]:
-    """What scores a model and what draws it, None where the config asks for none."""
-    vae = evaluate = draw_grid = None
+) -> tuple[Callable | None, Callable | None, Callable | None]:
+    """What scores a model, what draws it and what measures its loss on held-out images, None where
+    the config asks for none.
+    """
+    vae = evaluate = draw_grid = held_out_loss = None
     if config.data.vae:
         vae = place(load_vae(config.data.vae, config.data.latent_scale), replicated(mesh))
     if config.eval.every:
         evaluate = make_evaluation(config, vae, mesh, check_stop)
     if config.train.sample_every and (vae is not None or not config.data.latents):
         draw_grid = generation.make_grid_sampler(config, vae, dataset, mesh, check_stop)
-    return evaluate, draw_grid
+    if config.eval.split:
+        held_out_loss = make_held_out_loss(config, mesh)
+    return evaluate, draw_grid, held_out_loss
+
+
+def held_out_losses(
+    config: Config, held_out_loss: Callable[[DiT], float], state: State
+) -> dict[str, float]:
+    """Of the last weights, as the loss of a step is, and of each average."""
+    losses = {"held_out_loss": held_out_loss(state.model)}
+    for name, ema in zip(config.optim.averages, state.emas, strict=True):
+        losses[f"held_out_loss_{name}"] = held_out_loss(ema)
+    return losses
 
 
 def is_due(step: int, every: int, steps: int) -> bool:
@@ -254,7 +275,7 @@ def train(config: Config, stop: StopRequest | None = None) -> State:
 
     with refused_together(distributed):
         weights = resume.load_weights(config, mesh) if start == 0 else {}
-        evaluate, draw_grid = make_judges(config, dataset, mesh, check_stop)
+        evaluate, draw_grid, held_out_loss = make_judges(config, dataset, mesh, check_stop)
     check_stop()
     with refused_together(distributed):  # written to only now that no host has refused
         lock = resume.prepare_workdir(config, start)
@@ -275,7 +296,7 @@ def train(config: Config, stop: StopRequest | None = None) -> State:
         checkpoint.Checkpoints(config, dataset) as checkpoints,
         Log(config, start, flops_per_image, unwritten) as log,
         stop,
-        ended_together(distributed),
+        ended_together(distributed, lambda: f", at step {log.progress.done}"),
     ):
         for step in range(start + 1, steps + 1):
             asked = time.perf_counter()
@@ -286,15 +307,18 @@ def train(config: Config, stop: StopRequest | None = None) -> State:
 
             stops = on_any_host(stop.requested)
             logs = is_due(step, config.train.log_every, steps)
+            measures = held_out_loss is not None and is_due(step, config.eval.loss_every, steps)
             evaluates = evaluate is not None and is_due(step, config.eval.every, steps)
             draws = draw_grid is not None and is_due(step, config.train.sample_every, steps)
             saves = is_due(step, config.train.checkpoint_every, steps)
             saves = saves or stops or evaluates or draws  # before what takes long
-            if not (logs or saves):
+            if not (logs or measures or saves):
                 continue
             with log.paused():  # waits for this step; what follows is not training time
                 if logs:
                     log.write(step)
+                if measures:
+                    log.scores(step, held_out_losses(config, held_out_loss, state))
                 if saves:
                     checkpoints.save(state, log.unwritten)
                 if stops:

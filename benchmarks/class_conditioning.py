@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from digits import accuracy, distance
+from digits import judge
 from flax import nnx
 
 from dit import cli, sampling
@@ -232,8 +232,9 @@ def main() -> None:
         model, loss = train(block, steps, dataset)
         images = np.asarray(draw(model, labels))
         counts = f"{count_parameters(model):>12,}{model.condition_parameters():>14,}"
-        scores = f"{accuracy(images, labels):>10.1%}{distance(images):>9.2f}"
-        print(f"{name:<26}{counts}{loss:>9.4f}{scores}", flush=True)
+        scores = judge(images, labels)
+        shown = f"{scores['accuracy']:>10.1%}{scores['frechet_distance']:>9.2f}"
+        print(f"{name:<26}{counts}{loss:>9.4f}{shown}", flush=True)
 
 
 if __name__ == "__main__":

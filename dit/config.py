@@ -19,6 +19,7 @@ import tyro
 
 VAE_FACTOR = 8  # pixels of an image to one of its latents, along a side
 LATENT_CHANNELS = 4
+AUGMENT_SIZE = 5  # numbers that tell the network how an image was moved
 MAX_SIDE = 4096  # of an image, in pixels
 MAX_STEPS = 1_000_000  # of a diffusion or a sampler, whose tables hold a row for each
 
@@ -96,7 +97,7 @@ NonNegativeInt = Annotated[int, NON_NEGATIVE]
 PositiveFloat = Annotated[float, POSITIVE]
 NonNegativeFloat = Annotated[float, NON_NEGATIVE]
 Probability = Annotated[float, Range(lambda value: 0 <= value <= 1, "a probability, from 0 to 1")]
-Decay = Annotated[float, Range(lambda value: 0 <= value < 1, "from 0 to below 1")]
+Decay = DropRate = Annotated[float, Range(lambda value: 0 <= value < 1, "from 0 to below 1")]
 Seed = Annotated[int, Range(lambda value: 0 <= value < 2**32, "from 0 to 2^32 - 1")]
 Byte = Annotated[int, Range(lambda value: 0 <= value <= 255, "from 0 to 255")]
 Count = Annotated[int, Range(lambda value: 0 < value <= 10**7, "from 1 to 10 million")]
@@ -134,6 +135,7 @@ class Model:
     patch_size: PositiveInt = 2  # side of a patch, in pixels (in latent pixels where data.latents)
     mlp_ratio: PositiveFloat = 4.0  # width of the MLP, as a multiple of hidden_size
     conditioning: str = "adaln_zero"  # block: adaln_zero, adaln, cross_attention, in_context
+    dropout: DropRate = 0.0  # share of what attention and MLP add that training drops
     remat: Remat = "none"  # what of a block is computed twice: nothing, all but its dots, all of it
 
 
@@ -168,6 +170,7 @@ class Data:
     latent_scale: PositiveFloat = 0.18215  # factor that makes the latents' deviation about 1
     vae: AnyPath | None = None  # folder of the VAE that decodes latents, for sample grids
     flip: bool = False  # mirror each image with probability 1/2
+    augment: Probability = 0.0  # probability of a mirror, a turn, a shift, told to the network
     mask_classes: Byte = 0  # classes of a layout mask that conditions the model; 0 has no mask
 
 
@@ -181,7 +184,19 @@ class Optim:
     weight_decay: NonNegativeFloat = 0.0  # decoupled weight decay
     grad_clip: PositiveFloat | None = None  # largest global norm of the gradient; None is any
     accumulate: PositiveInt = 1  # equal parts of a batch, computed one after the other
-    ema_decay: Decay = 0.9999  # decay of the averaged weights; at step n at most (1 + n) / (10 + n)
+    # decay of the averaged weights, at step n at most (1 + n) / (10 + n); of several averages the
+    # first is drawn and judged
+    ema_decay: Decay | tuple[Decay, ...] = 0.9999
+
+    def __post_init__(self):
+        if isinstance(self.ema_decay, list):  # as JSON has it
+            object.__setattr__(self, "ema_decay", tuple(self.ema_decay))
+
+    @property
+    def averages(self) -> dict[str, float]:
+        """The decay of each average by its name in checkpoints and metrics: ema, ema_0.99, ..."""
+        first, *others = self.ema_decay if isinstance(self.ema_decay, tuple) else [self.ema_decay]
+        return {"ema": first} | {f"ema_{decay}": decay for decay in others}
 
 
 @dataclass(frozen=True)
@@ -222,6 +237,8 @@ class Eval:
     steps: PositiveInt | None = None  # denoising steps; None gives the paper's 250 forwards
     guidance: float = 1.0  # guidance scale; 1 is none
     batch_size: PositiveInt = 256  # samples at a time, over all devices
+    split: str | None = None  # split of other images, such as `test`, whose loss is measured
+    loss_every: PositiveInt = 500  # steps between two measurements of the loss of eval.split
 
 
 @dataclass(frozen=True)
@@ -266,6 +283,7 @@ class Config:
         check_model(self)
         check_objective(self)
         check_masks(self)
+        check_augmentation(self)
         check_sizes(self)
         check_evaluation(self)
         check_run(self)
@@ -327,8 +345,13 @@ def check_value(name: str, value: Any, hint: Any) -> None:
     if kind is Literal:
         is_one = any(value == a and type(value) is type(a) for a in arguments)  # True == 1
         require(is_one, name, value, "one of " + ", ".join(map(str, arguments)))
-    elif kind in (typing.Union, types.UnionType):  # every union here is `X | None`
-        if value is not None:
+    elif kind in (typing.Union, types.UnionType):  # each is `X | None` or `X | tuple[X, ...]`
+        takes_several = typing.get_origin(arguments[1]) is tuple
+        if takes_several and isinstance(value, tuple):
+            require(value, name, value, "one or more")
+            for each in value:
+                check_value(name, each, arguments[0])
+        elif takes_several or value is not None:
             check_value(name, value, arguments[0])
     elif kind is Annotated:
         check_value(name, value, arguments[0])
@@ -403,6 +426,12 @@ def check_masks(config: Config) -> None:
     require(mask_dropout >= label_dropout, "objective.mask_dropout", mask_dropout, enough)
 
 
+def check_augmentation(config: Config) -> None:
+    augment, latents = config.data.augment, config.data.latents
+    fits = augment == 0 or latents is None
+    require(fits, "data.augment", augment, "0 with data.latents, which cannot be turned")
+
+
 def check_sizes(config: Config) -> None:
     """Bounds what no parameter's shape says: a stored config can claim any of it."""
     for name, value, most in [
@@ -416,6 +445,10 @@ def check_sizes(config: Config) -> None:
 def check_evaluation(config: Config) -> None:
     latents, vae, evaluation = config.data.latents, config.data.vae, config.eval
     require(vae is None or latents, "data.vae", vae, "given with data.latents: pixels need none")
+    held_out, trained_on = evaluation.split, config.data.split
+    is_apart = held_out is None or trained_on not in (held_out, held_out.split("[")[0])
+    expected = f"of other images than data.split = {trained_on!r}"
+    require(is_apart, "eval.split", held_out, expected)
     if evaluation.every == 0:
         return
     inception, reference = evaluation.inception, evaluation.reference
@@ -426,7 +459,9 @@ def check_evaluation(config: Config) -> None:
 
 def check_run(config: Config) -> None:
     train, parts = config.train, config.optim.accumulate
-    batch_size = train.batch_size
+    batch_size, decays = train.batch_size, config.optim.ema_decay
+    differ = not isinstance(decays, tuple) or len(set(decays)) == len(decays)
+    require(differ, "optim.ema_decay", decays, "decays that differ")
     divides = batch_size % parts == 0
     require(divides, "train.batch_size", batch_size, f"a multiple of optim.accumulate = {parts}")
     installed = importlib.util.find_spec("wandb") is not None

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 MAX_REASON = 4096  # bytes of a refusal's line that the other hosts see
 REASONS = "why_a_host_ended/"  # what the coordinator keeps them under
+BEATS = "beats/"  # and under which each host counts the seconds
+SILENCE = 10.0  # seconds without a beat after which a host is said to be missing
 
 
 def connect_hosts(distributed: bool, name: str) -> None:
@@ -31,6 +33,7 @@ def connect_hosts(distributed: bool, name: str) -> None:
         return
     import jax
 
+    jax.config.update("jax_enable_preemption_service", False)  # else it takes SIGTERM from us
     try:
         jax.distributed.initialize()
     except (ValueError, RuntimeError) as error:
@@ -38,8 +41,6 @@ def connect_hosts(distributed: bool, name: str) -> None:
             f"{name}: True should be set on hosts that find each other: Cloud TPU, Slurm, "
             f"Open MPI, Kubernetes ({one_line(error)})"
         ) from error
-    # JAX now swallows SIGTERM, which would otherwise end a host that is not yet training
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def gather_texts(text: str) -> list[str]:
@@ -103,11 +104,12 @@ def command_refused_together(distributed: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ended_together(distributed: bool) -> Iterator[None]:
+def ended_together(distributed: bool, where: Callable[[], str] = lambda: "") -> Iterator[None]:
     """Ends all hosts where one fails in the block, in which they may wait for each other.
 
     The one that fails leaves its reason with the coordinator. The others look there every second,
-    say it and exit with status 2: a host that waits for another in a program cannot be told.
+    say it and exit with status 2: a host that waits for another in a program cannot be told. Of one
+    that falls silent they say so, and `where` that was, such as ", at step 3"; JAX ends them later.
     """
     if not distributed:
         yield
@@ -119,12 +121,24 @@ def ended_together(distributed: bool) -> Iterator[None]:
     left = threading.Event()
 
     def watch() -> None:
+        heard, missing = {}, set()
         while not left.wait(1.0):
-            for key, reason in coordinator.key_value_dir_get(REASONS):
-                host = key.removeprefix(REASONS)
-                print(f"{Path(sys.argv[0]).name}: host {host}: {reason}", file=sys.stderr)
+            try:
+                reasons = coordinator.key_value_dir_get(REASONS)
+                silent = silent_hosts(coordinator, heard)
+            except jax.errors.JaxRuntimeError:
+                reasons, silent = [], {"0"}  # whose process is the coordinator
+            for key, reason in reasons:
+                warn(f"{key.removeprefix(REASONS)}: {reason}")
                 jax.distributed.shutdown()  # in which the one that fails waits for the others
                 os._exit(2)
+            for host in silent - missing:
+                warn(
+                    f"{host} has not been heard of for {SILENCE:.0f} s{where()}; if it is gone, "
+                    "this one ends in a minute or two; the same command goes on from the newest "
+                    "checkpoint"
+                )
+            missing = silent
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -139,6 +153,28 @@ def ended_together(distributed: bool) -> Iterator[None]:
     finally:
         left.set()
         watcher.join()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            coordinator.key_value_delete(f"{BEATS}{jax.process_index()}")
+
+
+def warn(line: str) -> None:
+    print(f"{Path(sys.argv[0]).name}: host {line}", file=sys.stderr, flush=True)
+
+
+def silent_hosts(coordinator: Any, heard: dict[str, tuple[str, float]]) -> set[str]:
+    """The hosts whose beats have stopped. Beats for this one.
+
+    `heard` keeps the last beat of each, and when it was seen.
+    """
+    import jax
+
+    now = time.monotonic()
+    coordinator.key_value_set(f"{BEATS}{jax.process_index()}", str(now), allow_overwrite=True)
+    beats = {key.removeprefix(BEATS): beat for key, beat in coordinator.key_value_dir_get(BEATS)}
+    for host, beat in beats.items():
+        if host not in heard or heard[host][0] != beat:
+            heard[host] = (beat, now)
+    return {host for host in beats if now - heard[host][1] > SILENCE}
 
 
 def require_same(distributed: bool, name: str, value: str, found: str) -> None:

@@ -121,8 +121,9 @@ def save_grid(
     row_names: list[str],
     column_names: list[str] | None = None,
 ) -> None:
-    """Writes the picture of `draw_grid`, as a PNG by the path's name."""
-    draw_grid(images, row_names, column_names).save(path)
+    """Writes the picture of `draw_grid`, as a PNG."""
+    with whole(Path(path)) as unfinished:
+        draw_grid(images, row_names, column_names).save(unfinished, "PNG")
 
 
 def save_gif(
@@ -135,7 +136,9 @@ def save_gif(
     named = zip(frames, frame_names, strict=True)
     first, *others = [draw_grid(images, row_names, [name]) for images, name in named]
     milliseconds = [FRAME_MILLISECONDS for _ in others] + [REST_MILLISECONDS]
-    first.save(path, append_images=others, save_all=True, duration=milliseconds, loop=0)
+    timing = dict(save_all=True, duration=milliseconds, loop=0)
+    with whole(Path(path)) as unfinished:
+        first.save(unfinished, "GIF", append_images=others, **timing)
 
 
 # .npz files too large for memory

@@ -23,10 +23,11 @@ from tqdm import tqdm
 from dit.chips import GIB, find_chip
 from dit.cli import CONFIGS
 from dit.config import Config, InputError, diverged, from_fields
-from dit.ddpm import SHARE
 from dit.images import save_grid
 
 Metrics = dict[str, float]
+
+SHARE = "_share"  # behind a metric's name: of a batch, the share of samples that it is of
 
 # In TensorBoard these are speed/NAME, the others train/NAME or eval/NAME
 SPEED = ("images_per_second", "tflops_per_second", "mfu", "data_seconds", "peak_memory_gib")
@@ -394,7 +395,13 @@ def read_metrics(path: Path) -> Iterator[tuple[str, Metrics]]:
 # loss.png
 
 PANELS = [
-    {"loss": "loss", "mse": "squared error of the noise", "vb": "variational term (bits)"},
+    {
+        "loss": "loss",
+        "mse": "squared error of the noise",
+        "vb": "variational term (bits)",
+        "held_out_loss": "loss of held-out images",
+        "held_out_loss_ema": "loss of held-out images, averaged weights",
+    },
     {
         "loss_quarter_1": "loss, t in its first quarter, next to the image",
         "loss_quarter_2": "second quarter",
@@ -427,16 +434,16 @@ def known_band(config: Config) -> np.ndarray | None:
 
 
 def plot_loss(workdir: Path, band: np.ndarray | None = None) -> None:
-    """`loss.png` from `metrics.jsonl`: the loss, its parts and its quarters against the step."""
+    """`loss.png` from `metrics.jsonl`: the losses against the step, all and by quarter of t."""
     from matplotlib.figure import Figure
 
-    rows = [row for _, row in read_metrics(workdir / "metrics.jsonl") if "loss" in row]
+    rows = [row for _, row in read_metrics(workdir / "metrics.jsonl")]
     figure = Figure(figsize=(12, 4), layout="constrained")
     panels = figure.subplots(1, len(PANELS))
     for axes, labels in zip(panels, PANELS, strict=True):
         for name, label in labels.items():
             points = [(row["step"], row[name]) for row in rows if name in row]
-            if points:  # only DDPM's loss has parts
+            if points:  # not every run has all of them
                 axes.plot(*zip(*points, strict=True), label=label, linewidth=1)
         axes.set(xlabel="step", ylabel="loss", yscale="log")
         axes.grid(alpha=0.3)

@@ -201,7 +201,7 @@ def awake_state(config: Config) -> State:
     awake = dataclasses.replace(
         state,
         model=awaken(state.model),
-        ema=awaken(state.model, seed=9),
+        emas=tuple(awaken(state.model, seed=9 + i) for i in range(len(state.emas))),
         opt_state=jax.tree.map(lambda leaf: leaf + 3, state.opt_state),
     )
     return jax.device_put(awake, placements)

@@ -11,6 +11,7 @@ from conftest import (
     STEPS,
     TINY,
     at_step,
+    awake_state,
     awaken,
     digits,
     files,
@@ -47,6 +48,26 @@ def test_a_state_comes_back_bit_for_bit_where_it_was(saved):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
         assert a.dtype == b.dtype
         assert b.sharding.is_equivalent_to(a.sharding, a.ndim)
+
+
+def test_several_averages_come_back_each_as_an_item_of_its_own(tmp_path):
+    config = run_config(tmp_path)
+    config = replace(config, optim=dict(ema_decay=(0.9, 0.99, 0.5)))
+    state = awake_state(config)
+    save_steps(config, state, [10])
+    items = {path.name for path in folder(tmp_path, 10).iterdir() if path.is_dir()}
+    assert items >= {"ema", "ema_0.99", "ema_0.5"}
+    assert largest_difference(state.emas[0], state.emas[2]) > 1e-3
+    others = replace(config, optim=dict(ema_decay=(0.8, 0.7, 0.6)))  # a run may change them
+    for wanted in (config, others):
+        restored = resume.restore(wanted, make_mesh(config), 10)
+        assert largest_difference(restored.emas, state.emas) == 0
+    for ema, average in [(True, 0), (0.9, 0), (0.99, 1), (0.5, 2)]:
+        loaded, _ = checkpoint.load(tmp_path, ema)
+        expected = jax.device_put(state.emas[average], jax.devices()[0])
+        assert largest_difference(loaded, expected) == 0
+    with pytest.raises(InputError, match="^ema: 0.1 should be one of the run's decays: 0.9, 0.99"):
+        checkpoint.load(tmp_path, 0.1)
 
 
 def test_a_state_can_be_restored_to_other_devices(saved):
@@ -353,25 +374,41 @@ def test_a_state_of_another_size_or_step_is_refused(copy):
 
 
 @pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
-def test_arrays_that_orbax_cannot_read_are_refused_in_one_line(copy, name):
+def test_arrays_that_orbax_cannot_read_are_refused_in_one_line(copy, capfd, name):
     workdir, _ = copy
     (folder(workdir, 20) / "ema" / name).write_text("{}")
     seal(folder(workdir, 20))
     with pytest.raises(InputError, match=f"^{folder(workdir, 20)}/ema: ") as refusal:
         checkpoint.load(workdir)
     assert "\n" not in str(refusal.value)
+    assert capfd.readouterr().err == ""
 
 
-def test_the_note_that_orbax_keeps_for_itself_may_be_missing_but_not_of_another_kind(copy):
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"\xff", b'{"commit_timestamp_nsecs": "x"}'])
+def test_what_orbax_notes_beside_the_items_may_be_anything(copy, content):
     workdir, config = copy
-    note = folder(workdir, 20) / "_CHECKPOINT_METADATA"
-    note.write_text("[]")
-    with pytest.raises(InputError, match="_CHECKPOINT_METADATA is missing or Orbax's"):
-        save_steps(config, make_state(config, make_mesh(config)), [20])
-    note.unlink()
+    for name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
+        note = folder(workdir, 20) / name
+        note.unlink() if content is None else note.write_bytes(content)
     assert resume.step_to_resume(config, digits()) == (20, [])
-    save_steps(config, make_state(config, make_mesh(config)), [30])
+    save_steps(config, make_state(config, make_mesh(config)), [20, 30])
     assert checkpoint.steps(workdir) == [30, 20, 10]
+
+
+def test_no_bit_of_the_checksums_can_be_flipped_unnoticed(copy, monkeypatch):
+    step_folder = folder(copy[0], 20)
+    some = dict(list(checkpoint.checksums(step_folder).items())[:5])
+    monkeypatch.setattr(checkpoint, "checksums", lambda folder: some)
+    path = step_folder / "checksums.json"
+    content = json.dumps(some).encode()
+    path.write_bytes(content)
+    assert checkpoint.damage(step_folder) is None
+    for i in range(len(content)):
+        for bit in range(8):
+            flipped = bytearray(content)
+            flipped[i] ^= 1 << bit
+            path.write_bytes(flipped)
+            assert checkpoint.damage(step_folder), (i, bit)
 
 
 # The layout of an older version

@@ -229,8 +229,8 @@ def test_a_config_file_is_run_once_and_again_when_it_has_changed(refused, tmp_pa
 
 def test_a_config_file_imports_what_lies_beside_it_and_it_hides_no_package(tmp_path):
     (tmp_path / "lies_beside.py").write_text("NAME = 'beside'")
-    (tmp_path / "colorsys.py").write_text("raise ImportError('hidden')")
-    text = "import colorsys\nfrom lies_beside import NAME\nfrom dit.config import Config\n"
+    (tmp_path / "tabnanny.py").write_text("raise ImportError('hidden')")
+    text = "import tabnanny\nfrom lies_beside import NAME\nfrom dit.config import Config\n"
     (tmp_path / "mine.py").write_text(text + "config = Config(name=NAME)")
     assert cli.load_preset(str(tmp_path / "mine.py")).name == "beside"
 

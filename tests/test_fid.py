@@ -11,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from dit import cli, generation
-from dit.config import Data, InputError
+from dit.config import Data, InputError, Stopped
 from dit.data import InMemory
 from dit.imagenet import fid
 from dit.imagenet.inception import Features, Inception, load_inception, published_shapes
@@ -268,6 +268,21 @@ def test_the_evaluation_is_held_against_the_data_trained_on_unless_told(cheap, f
     model = make_model(config, jax.random.key(0))
     scores = fid.make_evaluation(config, None, make_mesh(config))(model)
     assert list(scores) == ["fid", "sfid", "inception_score", "precision", "recall"]
+
+
+def test_the_evaluation_is_broken_off_between_two_batches(cheap, tmp_path):
+    reference = str(write_statistics(tmp_path / "reference.npz", 13))
+    evaluation = dict(inception="x.pth", reference=reference, num_samples=19, batch_size=8, steps=3)
+    config = tiny_config(eval=evaluation)
+    checks = iter([None, Stopped("now")])
+
+    def check_stop():
+        if stopped := next(checks):
+            raise stopped
+
+    evaluate = fid.make_evaluation(config, None, make_mesh(config), check_stop)
+    with pytest.raises(Stopped, match="now"):
+        evaluate(make_model(config, jax.random.key(0)))
 
 
 # Refusals

@@ -8,7 +8,7 @@ import pytest
 from conftest import awaken, show_condition, tiny_config
 
 from dit import generation
-from dit.config import SAMPLERS, Config, InputError, replace
+from dit.config import SAMPLERS, Config, InputError, Stopped, replace
 from dit.data import Dataset, InMemory, open_dataset
 from dit.files import claim_folder
 from dit.images import from_uint8, to_uint8
@@ -502,6 +502,19 @@ def test_a_grid_has_the_same_noise_each_time_and_another_for_another_seed():
     other_config = tiny_config(train=dict(seed=5))
     other, _ = generation.make_grid_sampler(other_config, None, digits, local_mesh())(awake_model())
     assert (first != other).mean() > 0.3
+
+
+def test_a_grid_is_broken_off_between_two_batches():
+    config, dataset = grid_data(3)
+    checks = iter([None, Stopped("now")])
+
+    def check_stop():
+        if stopped := next(checks):
+            raise stopped
+
+    draw = generation.make_grid_sampler(config, None, dataset, local_mesh(), check_stop)
+    with pytest.raises(Stopped, match="now"):
+        draw(show_condition(config, brightness))
 
 
 # Many samples, in files of one batch

@@ -4,12 +4,8 @@ tests/on_hosts.py is what most of them run; the curve of one device is what they
 """
 
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -17,62 +13,13 @@ import numpy as np
 import pytest
 from conftest import TINY, run_sample, run_train
 from on_hosts import config_of, stand_in_for_inception, write_reference
+from processes import finish, start_hosts
 from test_latents import encode_photographs, open_encoded
 
 import train
 from dit import checkpoint
 from dit.sharding import make_mesh
 from dit.state import abstract_state
-
-ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT = 900  # seconds, for a machine with much else to do
-
-
-def free_job() -> int:
-    """A Slurm job whose port, which JAX derives from its number, is free."""
-    for job in range(os.getpid(), os.getpid() + 4096):
-        with socket.socket() as probe:
-            if probe.connect_ex(("localhost", job % 4096 + 61440)) != 0:
-                return job
-    raise AssertionError("no port is free")
-
-
-def start_hosts(commands: list[list], devices: int = 1) -> list[subprocess.Popen]:
-    """`python *command` for each command, as one host of so many devices each."""
-    job, count = free_job(), len(commands)
-    processes = []
-    for rank, command in enumerate(commands):
-        variables = {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": devices,
-            "PYTHONPATH": ROOT,
-            "SLURM_JOB_ID": job,
-            "SLURM_STEP_NODELIST": "localhost",
-            "SLURM_NTASKS": count,
-            "SLURM_STEP_NUM_TASKS": count,
-            "SLURM_PROCID": rank,
-            "SLURM_LOCALID": 0,
-        }
-        process = subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            cwd=ROOT,
-            env=os.environ | {name: str(value) for name, value in variables.items()},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        processes.append(process)
-    return processes
-
-
-def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    """(exit status, stdout, stderr) of each."""
-    try:
-        printed = [process.communicate(timeout=TIMEOUT) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(p.returncode, out, err) for p, (out, err) in zip(processes, printed, strict=True)]
 
 
 def run_on_hosts(name: str, count: int, devices: int, folder: Path) -> list[dict]:

@@ -94,6 +94,19 @@ def test_a_grid_shows_each_image_in_its_place_behind_its_rows_name(tmp_path):
     assert second_row.min() < 100
 
 
+def test_a_grid_that_cannot_be_written_leaves_the_old_one_as_it_was(tmp_path, monkeypatch):
+    def save(picture, path, *args):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "grid.png"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(OSError, match="No space"):
+        save_grid(path, np.zeros((1, 8, 8, 1), np.uint8), ["zero"])
+    assert path.read_bytes() == b"old"
+
+
 def test_the_columns_names_stand_above_the_same_grid_and_fit_their_columns():
     images = random_images(4, 8, 8, 1)
     plain = np.asarray(draw_grid(images, ["a", "b"]))

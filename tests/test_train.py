@@ -555,6 +555,20 @@ def test_a_stop_before_the_first_step_leaves_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_stop_while_the_step_is_compiled_makes_none(tmp_path, monkeypatch):
+    stop = StopRequest()
+    before = train.lower_train_step
+
+    def lower_train_step(config, mesh):
+        stop.requested = True
+        return before(config, mesh)
+
+    monkeypatch.setattr(train, "lower_train_step", lower_train_step)
+    with pytest.raises(Stopped):
+        train.train(tiny_config(train=dict(workdir=str(tmp_path))), stop)
+    assert checkpoint.steps(tmp_path) == []
+
+
 def test_an_evaluation_is_broken_off_with_its_step_saved(tmp_path, monkeypatch):
     stop = StopRequest()
 

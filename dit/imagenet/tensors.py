@@ -14,6 +14,7 @@ import argparse
 import collections
 import itertools
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -146,7 +147,8 @@ def read_state_dict(path: Path) -> tuple[Tensors, Any]:
     torch = import_torch(path)
     try:
         # a training checkpoint keeps its options in a Namespace, of plain values
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        is_known = torch.serialization.safe_globals([argparse.Namespace])
+        with is_known, warnings.catch_warnings(action="ignore"):  # torch's, of damaged files
             stored = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(stored, dict):
             stored = stored.get("ema", stored)
