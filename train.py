@@ -357,7 +357,7 @@ def dry_run(config: Config, stop: StopRequest | None = None) -> None:
     start, _ = resume.step_to_resume(config, dataset)
     weights = resume.load_weights(config, mesh) if start == 0 else {}
     unscored = replace(config, eval=dict(every=0))  # an evaluation would take long
-    _, draw_grid = make_judges(unscored, dataset, mesh, check_stop)
+    _, draw_grid, _ = make_judges(unscored, dataset, mesh, check_stop)
     check_stop()
     state = first_state(config, mesh, 0, weights)
     describe(config, state, len(dataset.records), start)

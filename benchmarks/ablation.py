@@ -134,9 +134,9 @@ STUDIES: dict[str, dict[str, Arm]] = {
 class Options:
     studies: tyro.conf.Positional[tuple[Literal[tuple(STUDIES)], ...]] = ()  # all, where none
     preset: Literal["digits", "digits_flow", "cifar10_tiny"] = "digits"
-    steps: Steps = 1000  # of each run
+    steps: Steps = 1000  # training steps of each run
     seeds: PositiveInt = 3  # runs of each arm
-    samples: AtLeastTwo = 1000  # drawn; more than an image has values, for their covariance
+    samples: AtLeastTwo = 1000  # samples drawn; more than an image has values, for their covariance
 
 
 # One run

@@ -3,8 +3,9 @@
 Takes the first steps of a preset under several seeds. Prints the loss, the norm of its gradient and
 the loss by quarter of t, at some of the steps, mean and standard deviation over the seeds. Writes
 the band of the loss to configs/bands.json, and loss.png of every later run of this preset shows it:
-the mean, up and down by three times the seeds' relative deviation, of which all lines have one. A
-line is the mean over train.log_every steps. The runs' own files are in runs/health.
+the mean, up and down by three times the seeds' relative deviation, a line's own or all lines' root
+mean square, whichever is more. A line is the mean over train.log_every steps. The runs' own files
+are in runs/health.
 """
 
 import contextlib
@@ -63,7 +64,7 @@ def band_of(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The edges `[lines]` of the band around losses `[seeds, lines]`."""
     mean = losses.mean(axis=0)
     relative = losses.std(axis=0, ddof=1) / mean  # [lines]
-    width = 3 * np.sqrt(np.square(relative).mean())
+    width = 3 * np.maximum(relative, np.sqrt(np.square(relative).mean()))
     return mean / (1 + width), mean * (1 + width)
 
 

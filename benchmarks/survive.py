@@ -68,8 +68,8 @@ class Options:
     disks: NonNegativeInt = 99  # kinds of disks, at most
     inputs: NonNegativeInt = 200  # values of a field on the command line, at random
     files: NonNegativeInt = 99  # damaged or hostile files, at most
-    only: tuple[Part, ...] = ()  # of the parts above; without any, all
-    seed: NonNegativeInt = 0  # of all that is random
+    only: tuple[Part, ...] = ()  # names of the parts above; without any, all
+    seed: NonNegativeInt = 0  # seed of all that is random
 
 
 # Runs

@@ -307,7 +307,9 @@ class Writers:
             for section, values in sections.items()
             for field, value in values.items()
         }
-        compared = [*COMPARED, *(["eval/fid"] if self.config.eval.every else [])]
+        compared = [*COMPARED]
+        compared += ["eval/fid"] if self.config.eval.every else []
+        compared += ["eval/held_out_loss"] if self.config.eval.split else []
         experiment, session, _ = summary.hparams({"name": name} | fields, dict.fromkeys(compared))
         self.event(step, summary=summary.text("config", f"```\n{self.config.to_json()}\n```"))
         self.event(step, summary=experiment)

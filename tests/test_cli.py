@@ -352,7 +352,8 @@ def test_a_help_text_is_understood_without_its_neighbours():
             for name, line in texts.items():
                 if "default_factory" in line or 'name=""' in line:  # a section
                     continue
-                comment = line.partition("  # ")[2]
+                above = lines[lines.index(line) - 1].strip()
+                comment = line.partition("  # ")[2] or above.removeprefix("# ")
                 first = comment.split()[0] if comment else "of"
                 assert first.lower().strip("`,;:") not in PARTS, f"{path.name} {name}: {comment}"
     assert seen == set(OPTIONS)
