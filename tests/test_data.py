@@ -246,7 +246,7 @@ def test_masks_are_moved_with_their_images_and_the_network_is_told():
     batch = take(digits, 1, batch_size=16, seed=0)[0]
     batch["mask"] = batch["image"][..., 0]  # a mask that says how its image lies
     for augment in (0.0, 0.5):
-        config = Data(mask_classes=2, augment=augment)
+        config = Data(num_classes=10, mask_classes=2, augment=augment)
         x, condition = data.augment(batch, jax.random.key(0), config)
         np.testing.assert_array_equal(to_uint8(x)[..., 0], condition["mask"])
         moved = (condition["mask"] != batch["mask"]).any(axis=(1, 2))
