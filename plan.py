@@ -7,6 +7,11 @@ the counts alone, and `python plan.py --table` prints the table of benchmarks/RE
 0 if it fits, 1 if it does not.
 """
 
+from dit.signals import StopRequest
+
+if __name__ == "__main__":
+    StopRequest().end_at_once("plan.py")
+
 import itertools
 import math
 import os
@@ -147,7 +152,7 @@ def estimate(config: Config, devices: list[jax.Device]) -> Estimate:
         raise
     held = {
         "parameters": share(state.model),
-        "average": share(state.ema),
+        "average": share(state.emas),
         "optimizer": share(state.opt_state),
         "batch": sum(math.prod(s) * np.dtype(t).itemsize for s, t in batch_shapes(config).values())
         / len(devices),

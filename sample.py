@@ -6,9 +6,14 @@ where it was killed. Sample i is a function of (--seed, i), whatever the batch s
 of devices.
 """
 
+from dit.signals import StopRequest
+
+if __name__ == "__main__":
+    StopRequest().end_at_once("sample.py")
+
 import contextlib
 import dataclasses
-import difflib
+import operator
 import os
 import re
 import shutil
@@ -27,6 +32,7 @@ from dit.config import (
     AtLeastTwo,
     Config,
     Count,
+    Decay,
     InputError,
     Labels,
     LocalPath,
@@ -38,9 +44,10 @@ from dit.config import (
     check_sampler,
     check_steps,
     check_value,
+    nearest,
     require,
 )
-from dit.files import claim_folder
+from dit.files import claim_folder, naming
 from dit.hosts import (
     command_refused_together,
     connect_hosts,
@@ -55,31 +62,33 @@ Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR_OR_
 
 @dataclass(frozen=True)
 class Sample:
-    workdir: Source  # such as runs/digits, or one checkpoint: runs/digits/checkpoints/3000
-    step: NonNegativeInt | None = None  # of the checkpoint; None is the newest
-    classes: tuple[str, ...] = ()  # by number or name; without any all, or ten in a grid
-    interpolate: tuple[str, str] | None = None  # a row from one class to another, of one noise
+    workdir: Source  # a run's folder or weights, or one checkpoint: runs/digits/checkpoints/3000
+    step: NonNegativeInt | None = None  # step of the checkpoint; None is the newest
+    classes: tuple[str, ...] = ()  # classes by number or name; if none, all, or ten in a grid
+    interpolate: tuple[str, str] | None = None  # row from one class to another, in one noise
     per_class: PositiveInt | None = None  # images of a class or a row; None is 8, 1 in a strip
     frames: AtLeastTwo | None = None  # states from noise to image; in a .png a strip of them
     num_samples: Count | None = None  # images of random classes instead; for .npz
-    labels: Labels = "random"  # of --num-samples; balanced has equally many of each class
+    labels: Labels = "random"  # classes of --num-samples; balanced: equally many of each
     guidance: float = 1.0  # scale of classifier-free guidance; 1 is none, 4 makes typical pictures
-    sampler: Sampler | None = None  # ddpm or ddim, heun or euler for flow; None is the run's
+    sampler: Sampler | None = None  # sampler: ddpm or ddim, for flow heun or euler; None: the run's
     steps: PositiveInt | None = None  # denoising steps; None is the run's train.sample_steps
     eta: Probability = 0.0  # noise of DDIM, from 0 to DDPM's at 1
     cfg_channels: PositiveInt | None = None  # guide only the first channels; the paper's DiT has 3
     guidance_interval: tuple[float, float] | None = None  # guide only at times LOW <= t < HIGH
+    guide_with: str | None = None  # guide away from a worse model: a folder, or a step of the run
     mask: str | None = None  # picture of the layout's labels, for a model with masks
     resize_mask: bool = False  # resize a mask of another size
     style: str | None = None  # picture whose channel statistics the samples take (AdaIN)
-    style_strength: Probability = 1.0  # how far they take them; 0 is not at all
+    style_strength: Probability = 1.0  # how far the samples take them; 0 is not at all
     vae: str | None = None  # folder of the VAE that decodes latents; None is the run's data.vae
-    seed: Seed = 0  # of all noise
+    seed: Seed = 0  # seed of all noise
     batch_size: PositiveInt = 256  # images at a time, over all devices of a host
-    dtype: Literal["float32", "bfloat16"] | None = None  # of the products; None is the run's
+    dtype: Literal["float32", "bfloat16"] | None = None  # type of the products; None is the run's
     ema: bool = True  # take the averaged weights rather than the last
-    distributed: bool = False  # several hosts, which share the folder of --out
-    out: LocalPath = "samples.png"  # .png, .gif or .npz; without a folder, in WORKDIR_OR_WEIGHTS
+    ema_decay: Decay | None = None  # average to take, of a run with several; None is the first
+    distributed: bool = False  # join other hosts, which share the folder of --out
+    out: LocalPath = "samples.png"  # a .png, .gif or .npz; without a folder, in WORKDIR_OR_WEIGHTS
 
 
 def run(options: Sample) -> Path:
@@ -93,6 +102,7 @@ def run(options: Sample) -> Path:
         class_names = tuple(checkpoint.stored_dataset(workdir, step)["class_names"])
         options = complete(options, config)
         check(options, config)
+        options, guide_damaged = with_guide(options, config)
         option = "--interpolate" if options.interpolate else "--classes"
         words = options.interpolate or options.classes
         numbers = [class_number(option, word, class_names) for word in words]
@@ -105,7 +115,7 @@ def run(options: Sample) -> Path:
     from dit.log import say
     from dit.sharding import local_mesh, replicated
 
-    for line in damaged:
+    for line in damaged + guide_damaged:
         say(line)
     mesh = local_mesh()  # each host draws on its own
     with refused_together(options.distributed):
@@ -123,7 +133,11 @@ def run(options: Sample) -> Path:
     else:
         labels = generation.draw_labels(options.labels, options.seed, classes, options.num_samples)
 
-    model, config = checkpoint.load(workdir, options.ema, replicated(mesh), options.dtype, step)
+    ema = options.ema if options.ema_decay is None else options.ema_decay
+    model, config = checkpoint.load(workdir, ema, replicated(mesh), options.dtype, step)
+    guide = None
+    if options.guide_with:
+        guide, _ = checkpoint.load(options.guide_with, True, replicated(mesh), options.dtype)
     draw = generation.make_draw(
         config,
         mesh,
@@ -138,6 +152,7 @@ def run(options: Sample) -> Path:
         seed=options.seed,
         style=style,
         style_strength=options.style_strength,
+        guide=guide,
         frames=options.frames,
         same_noise=options.interpolate is not None,
     )
@@ -207,6 +222,11 @@ def check(options: Sample, config: Config) -> None:
     is_way = interpolate is None or options.per_class > 1
     require(is_way, "--per-class", options.per_class, "more than 1 with --interpolate")
 
+    decay, decays = options.ema_decay, tuple(config.optim.averages.values())
+    is_one = decay is None or (options.ema and decay in decays)
+    expected = f"one of the run's, {', '.join(map(str, decays))}, and not given with --no-ema"
+    require(is_one, "--ema-decay", decay, expected)
+
     has_masks = options.mask is None or config.data.mask_classes > 0
     require(has_masks, "--mask", options.mask, "left out: the model was trained without masks")
     if config.data.latents:
@@ -214,6 +234,33 @@ def check(options: Sample, config: Config) -> None:
     else:
         unused = options.vae is None
         require(unused, "--vae", options.vae, "left out: the model makes pixels, not latents")
+
+
+# What a guide has to have in common with the model that it guides
+SHARED = ["input_shape", "data.num_classes", "data.mask_classes", "data.latent_scale"]
+SHARED += ["objective.name", "objective.num_steps", "objective.schedule", "objective.prediction"]
+SHARED += ["objective.learns_variance"]
+
+
+def with_guide(options: Sample, config: Config) -> tuple[Sample, list[str]]:
+    """The options, whose guide_with is a checkpoint's folder now, and a line on each damaged one.
+
+    Raises InputError for a model that does not see or predict what the config's does.
+    """
+    option, name = "--guide-with", options.guide_with
+    if name is None:
+        return options, []
+    require(options.guidance != 1, option, name, "given with a --guidance other than 1")
+    is_step = re.fullmatch("[0-9]+", name)
+    path, step = (options.workdir, int(name)) if is_step else (name, None)
+    with naming(Path(option)):
+        folder, step, damaged = checkpoint.find(Path(path), step)
+    guides = checkpoint.stored_config(folder, step)
+    for field in SHARED:
+        ours, theirs = operator.attrgetter(field)(config), operator.attrgetter(field)(guides)
+        require(ours == theirs, f"{option}: {field}", theirs, f"the guided model's {ours!r}")
+    guide_with = str(checkpoint.step_folder(folder, step))
+    return dataclasses.replace(options, guide_with=guide_with), damaged
 
 
 def class_number(option: str, word: str, class_names: tuple[str, ...]) -> int:
@@ -234,11 +281,9 @@ def class_number(option: str, word: str, class_names: tuple[str, ...]) -> int:
         require(0 <= number < count, option, number, expected)
         return number
     if matches is None:
-        near = difflib.get_close_matches(word.casefold(), numbers, n=1, cutoff=0)[0]
-        raise InputError(
-            f"{option}: {word!r} should be a number from 0 to {count - 1} or the name of a class; "
-            f"the nearest is {near!r}"
-        )
+        hint = nearest(word, numbers)
+        expected = f"a number from 0 to {count - 1} or the name of a class{hint}"
+        raise InputError(f"{option}: {word!r} should be {expected}")
     choices = ", ".join(f"{k} ({class_names[k]})" for k in matches)
     require(len(matches) == 1, option, word, f"one of the numbers {choices}")
     return matches[0]

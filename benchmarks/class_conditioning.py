@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from digits import accuracy, distance
+from digits import judge
 from flax import nnx
 
 from dit import cli, sampling
@@ -46,7 +46,7 @@ Steps = Annotated[int, Range(lambda value: value > WARMUP_STEPS, f"more than {WA
 
 @dataclass(frozen=True)
 class Options:
-    steps: Steps = 1500  # for each of the four, 50 of them to warm up
+    steps: Steps = 1500  # training steps of each of the four, 50 of them to warm up
 
 
 def copy_of(module: nnx.Module) -> nnx.Module:
@@ -232,8 +232,9 @@ def main() -> None:
         model, loss = train(block, steps, dataset)
         images = np.asarray(draw(model, labels))
         counts = f"{count_parameters(model):>12,}{model.condition_parameters():>14,}"
-        scores = f"{accuracy(images, labels):>10.1%}{distance(images):>9.2f}"
-        print(f"{name:<26}{counts}{loss:>9.4f}{scores}", flush=True)
+        scores = judge(images, labels)
+        shown = f"{scores['accuracy']:>10.1%}{scores['frechet_distance']:>9.2f}"
+        print(f"{name:<26}{counts}{loss:>9.4f}{shown}", flush=True)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ FEEDS = {  # presets that train on a source
 
 @dataclass(frozen=True)
 class Options:
-    seconds: PositiveFloat = 5.0  # of reading, for each source and round
-    rounds: PositiveInt = 3
+    seconds: PositiveFloat = 5.0  # seconds of reading, for each source and round
+    rounds: PositiveInt = 3  # rounds of reading
     json: str | None = None  # file to append the table's rows to
 
 

@@ -1,29 +1,47 @@
 """Judges a model of the digits: python benchmarks/digits.py runs/digits [sample.py's options]
 
-Draws 100 images a class, unguided, and prints two figures: the share that an SVC fitted on the real
-digits puts in the class that was asked for, and the Frechet distance between samples and real
-digits in pixel space ([-1, 1], 64 dimensions). For scale it prints the same figures of real digits.
+Draws 100 images a class, unguided, and prints four figures beside those of real digits: the share
+that an SVC puts in the class that was asked for; the Frechet distance in pixel space ([-1, 1], 64
+dimensions); the median distance to the nearest training image, over that of real digits that are
+not among the training images (neighbours); and the share that is nearer to a training image than
+95 % of those are (near copies). A model that repeats its training images shows in the last two.
+
+The judges are the digits that the run has not seen, after `--data.split 'train[:50%]'`, or all of
+them where it was trained on all. Of the real digits' figures, accuracy is that of an SVC on digits
+that it was not fitted on. The Frechet distance is that of the run's training images to the others;
+without others, that of as many of them as there are samples, drawn again with replacement. The last
+two are 1 and 5 % by their definition.
 """
 
-import dataclasses
 import sys
-import tempfile
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from judge import NEAR, Figures, Real, draw, judge_features, nearest, print_table
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import KFold, cross_val_score
 from sklearn.svm import SVC
 
 import sample
-from dit import cli
+from dit import checkpoint, cli
+from dit.config import require
+from dit.data import split_rows
 from dit.metrics import frechet_distance, gaussian_of
 
+FEWEST = 300  # digits to judge by
+DRAWS = 10  # of real digits, whose mean Frechet distance is printed
 
-def real_digits() -> tuple[np.ndarray, np.ndarray]:
-    """The real digits as rows `[1797, 64]` in [-1, 1], and their labels `[1797]`."""
-    rows, labels = load_digits(return_X_y=True)
-    return rows / 8 - 1, labels
+
+class Digits(NamedTuple):
+    """The real digits, as those see them that judge a model trained on a split."""
+
+    rows: np.ndarray  # those that judge, as rows [M, 64] in [-1, 1]
+    labels: np.ndarray  # [M]
+    classifier: SVC  # fitted on them
+    real: Real  # features are pixels
+    are_seen: bool  # whether the model was trained on those that judge
 
 
 def pixel_rows(images: np.ndarray) -> np.ndarray:
@@ -31,48 +49,62 @@ def pixel_rows(images: np.ndarray) -> np.ndarray:
     return images.reshape(len(images), -1) / 127.5 - 1
 
 
-def accuracy(images: np.ndarray, labels: np.ndarray) -> float:
-    """The share of uint8 digits `[N, 8, 8, 1]` that an SVC puts in the class of their label."""
-    rows, real_labels = real_digits()
-    classifier = SVC(C=10).fit(rows, real_labels)
-    return classifier.score(pixel_rows(images), labels)
+@cache
+def real_digits(split: str) -> Digits:
+    """For a model that was trained on a split. Raises InputError if too few are left to judge."""
+    pixels, labels = load_digits(return_X_y=True)
+    rows = pixels / 8 - 1
+    seen = split_rows(split, len(rows))
+    unseen = np.setdiff1d(np.arange(len(rows)), seen)
+    enough = len(unseen) == 0 or len(unseen) >= FEWEST
+    require(enough, "data.split", split, f"train, or leave {FEWEST} digits to judge by")
+    judges = unseen if len(unseen) else seen
+    training = rows[seen]
+    classifier = SVC(C=10).fit(rows[judges], labels[judges])
+    others = nearest(training, training, 2)[0][:, 1]  # each but itself
+    real = Real(gaussian_of(rows[judges]), training, others)
+    return Digits(rows[judges], labels[judges], classifier, real, len(unseen) == 0)
 
 
-def distance(images: np.ndarray) -> float:
-    """The Frechet distance of uint8 digits `[N, 8, 8, 1]` to the real ones, in pixel space."""
-    rows, _ = real_digits()
-    return frechet_distance(gaussian_of(pixel_rows(images)), gaussian_of(rows))
+def judge(images: np.ndarray, labels: np.ndarray, split: str = "train") -> Figures:
+    """The figures of uint8 digits `[N, 8, 8, 1]` of a model that was trained on a split."""
+    digits = real_digits(split)
+    rows = pixel_rows(images)
+    return judge_features(rows, digits.classifier.predict(rows), labels, digits.real)
 
 
-def judge_real_digits() -> tuple[float, float]:
-    """Accuracy and Frechet distance of one half of the real digits, judged by the other."""
-    rows, labels = real_digits()
-    a, b, labels_a, labels_b = train_test_split(
-        rows, labels, test_size=0.5, random_state=0, stratify=labels
-    )
-    classifier = SVC(C=10).fit(a, labels_a)
-    return classifier.score(b, labels_b), frechet_distance(gaussian_of(a), gaussian_of(b))
-
-
-def draw(options: sample.Sample) -> tuple[np.ndarray, np.ndarray]:
-    """Images, uint8 `[1000, 8, 8, 1]`, and their labels `[1000]`. Raises InputError."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "digits.npz"
-        arrays = np.load(sample.run(dataclasses.replace(options, out=str(out))))
-        return arrays["arr_0"], arrays["arr_1"]
+def figures_of_real_digits(count: int, split: str = "train") -> Figures:
+    """The figures of real digits, to hold those of `count` samples against."""
+    digits = real_digits(split)
+    folds = KFold(10, shuffle=True, random_state=0)
+    accuracy = cross_val_score(SVC(C=10), digits.rows, digits.labels, cv=folds).mean()
+    rng, training = np.random.default_rng(0), digits.real.training
+    others = [rng.choice(training, count) for _ in range(DRAWS)] if digits.are_seen else [training]
+    distances = [frechet_distance(gaussian_of(rows), digits.real.reference) for rows in others]
+    return {
+        "accuracy": float(accuracy),
+        "frechet_distance": float(np.mean(distances)),
+        "neighbour_ratio": 1.0,
+        "near_copies": NEAR,
+    }
 
 
 def main() -> None:
     argv = [*sys.argv[1:], "--per-class", "100"]
     options = cli.parse(sample.Sample, argv, "benchmarks/digits.py", __doc__)
-    share, frechet = judge_real_digits()
-    print(
-        f"real digits, one half against the other: accuracy {share:.1%}, "
-        f"Frechet distance {frechet:.2f}"
-    )
+    workdir, step, _ = checkpoint.find(Path(options.workdir), options.step)
+    data = checkpoint.stored_config(workdir, step).data
+    require(data.name == "digits", "workdir", options.workdir, "a run on the digits")
+    judges = len(real_digits(data.split).rows)
+    print(f"judged by {judges} real digits, of a run on data.split {data.split!r}")
     images, labels = draw(options)
-    share, frechet = accuracy(images, labels), distance(images)
-    print(f"{len(images)} samples: accuracy {share:.1%}, Frechet distance {frechet:.2f}")
+    print_table(
+        {
+            "real digits": figures_of_real_digits(len(images), data.split),
+            f"{len(images):,} samples": judge(images, labels, data.split),
+        },
+        "pixel space",
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from digits import accuracy, distance
+from digits import judge
 
 import dit.model
 from dit import cli, generation
@@ -28,7 +28,7 @@ SAMPLES = 1000
 
 @dataclass(frozen=True)
 class Options:
-    steps: PositiveInt = 1500  # of each run
+    steps: PositiveInt = 1500  # training steps of each run
 
 
 class PooledMaskEmbedding(MaskEmbedding):
@@ -87,8 +87,10 @@ def main() -> None:
 
     print(f"\n{'condition':<44}{'IoU':>8}{'accuracy':>12}{'Frechet':>10}")
     for name, drawn in images.items():
-        iou, share = mean_iou(masks, ink_masks(drawn)), accuracy(drawn, labels)
-        print(f"{name:<44}{iou:>8.3f}{share:>12.1%}{distance(drawn):>10.2f}")
+        iou = mean_iou(masks, ink_masks(drawn))
+        scores = judge(drawn, labels)
+        shown = f"{scores['accuracy']:>12.1%}{scores['frechet_distance']:>10.2f}"
+        print(f"{name:<44}{iou:>8.3f}{shown}")
     iou = iou_of_another_digit(masks, labels)
     print(f"{'another real digit of the class, for scale':<44}{iou:>8.3f}")
 

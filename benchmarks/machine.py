@@ -21,8 +21,8 @@ from dit.linear import precision_of
 @dataclass(frozen=True)
 class Options:
     size: PositiveInt = 8192  # side of the matrices; the array read and written has 8 times theirs
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the matrices
-    repeats: PositiveInt = 50  # of each operation
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # type of the matrices
+    repeats: PositiveInt = 50  # repeats of each operation
 
 
 def seconds_each(f: Callable[[jax.Array], jax.Array], x: jax.Array, repeats: int) -> float:

@@ -34,14 +34,14 @@ if TYPE_CHECKING:  # imported in the processes that measure
 @dataclass(frozen=True)
 class Options:
     config: Annotated[Config, tyro.conf.arg(name="")]
-    presets: tuple[str, ...] = ("digits",)
-    sampler: Literal["ddpm", "ddim"] = "ddim"
-    steps: PositiveInt = 50  # of denoising
-    guidance: float = 4.0  # scale; 1 is none
-    num_samples: PositiveInt = 32  # in a batch
-    batches: PositiveInt = 1  # timed, in each measurement
-    dtype: Literal["float32", "bfloat16"] | None = None  # of our products; None is the preset's
-    peer_dtypes: tuple[Literal["float32", "bfloat16"], ...] | None = None  # None is ours
+    presets: tuple[str, ...] = ("digits",)  # presets to measure
+    sampler: Literal["ddpm", "ddim"] = "ddim"  # sampler of both sides
+    steps: PositiveInt = 50  # denoising steps
+    guidance: float = 4.0  # guidance scale; 1 is none
+    num_samples: PositiveInt = 32  # samples in a batch
+    batches: PositiveInt = 1  # batches timed in each measurement
+    dtype: Literal["float32", "bfloat16"] | None = None  # type of our products; None: the preset's
+    peer_dtypes: tuple[Literal["float32", "bfloat16"], ...] | None = None  # peer types; None: ours
     rounds: PositiveInt = 3  # measurements of each side
     json: str | None = None  # file to append the table's rows to
 

@@ -54,9 +54,9 @@ BASE = Config(
 @dataclass(frozen=True)
 class Options:
     config: Annotated[Config, tyro.conf.arg(name="")] = BASE
-    doublings: PositiveInt = 2  # of each of the four
-    steps: PositiveInt = 5  # timed, in each round
-    rounds: PositiveInt = 3  # of timing, and of compiling
+    doublings: PositiveInt = 2  # doublings of each of the four
+    steps: PositiveInt = 5  # steps timed in each round
+    rounds: PositiveInt = 3  # rounds of timing, and of compiling
     json: str | None = None  # file to append the table's rows to
 
 
@@ -181,8 +181,7 @@ def curve_of_compiling(name: str, configs: list[Config], rounds: int) -> Row:
 
 
 def main() -> None:
-    kind = tyro.conf.FlagConversionOff[Options]
-    options = cli.parse(kind, sys.argv[1:], "benchmarks/scaling.py", __doc__)
+    options = cli.parse(Options, sys.argv[1:], "benchmarks/scaling.py", __doc__)
     factors = [2**n for n in range(options.doublings + 1)]
     grown = {axis: [grow(options.config, axis, n) for n in factors] for axis in AXES}
     for configs in grown.values():

@@ -38,7 +38,7 @@ REFUSALS = {
 
 @dataclass(frozen=True)
 class Options:
-    runs: PositiveInt = 3  # of each command
+    runs: PositiveInt = 3  # runs of each command
     json: str | None = None  # file to append the table's rows to
 
 

@@ -2,80 +2,35 @@
 
 Draws samples of a CIFAR-10 model without a style, and with the statistics of a real image of low,
 of ordinary and of high contrast. Prints how far the samples' channel means and deviations are from
-the style's, and the share that a small convolutional network, trained here on the real images, puts
-in the class that was asked for.
+the style's, and the share that a small classifier (classifier.py), trained here on the real images
+the first time, puts in the class that was asked for.
 """
 
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
-from flax import nnx
+from classifier import classify, load_or_train
 from PIL import Image
 
 from dit import checkpoint, cli
 from dit.config import PositiveInt, require
-from dit.data import Dataset, batches, open_dataset
-from dit.images import from_uint8
-from dit.normalization import instance_norm
+from dit.data import open_dataset
 from sample import Sample
 from sample import run as run_sample
 
-BATCH = 128
-
 Workdir = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR")]
-Classify = Callable[[np.ndarray], np.ndarray]  # uint8 [N, 32, 32, 3] to classes [N]
 
 
 @dataclass(frozen=True)
 class Options:
-    workdir: Workdir  # of a CIFAR-10 run
-    samples: PositiveInt = 500  # with each style
-
-
-class Classifier(nnx.Module):
-    """Three strided convolutions and a linear layer: x `[B, 32, 32, 3]` to logits `[B, 10]`."""
-
-    def __init__(self, rngs: nnx.Rngs):
-        sizes = [(3, 32), (32, 64), (64, 128)]
-        convs = [nnx.Conv(a, b, (3, 3), strides=2, rngs=rngs) for a, b in sizes]
-        self.convs = nnx.List(convs)
-        self.linear = nnx.Linear(128, 10, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for conv in self.convs:
-            x = nnx.relu(instance_norm(conv(x)))
-        return self.linear(x.mean(axis=(1, 2)))
-
-
-def train_classifier(dataset: Dataset, steps: int = 2000) -> Classify:
-    model = Classifier(nnx.Rngs(0))
-    optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
-    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-
-    def loss(model: Classifier, batch: dict[str, jax.Array]) -> jax.Array:
-        return cross_entropy(model(from_uint8(batch["image"])), batch["label"]).mean()
-
-    @jax.jit
-    def step(model: Classifier, opt_state: optax.OptState, batch: dict[str, jax.Array]) -> tuple:
-        updates, opt_state = optimizer.update(jax.grad(loss)(model, batch), opt_state)
-        return optax.apply_updates(model, updates), opt_state
-
-    opt_state = optimizer.init(model)
-    stream = batches(dataset, BATCH, seed=0)
-    for _ in range(steps):
-        model, opt_state = step(model, opt_state, next(stream))
-    logits = jax.jit(model.__call__)
-    return lambda images: np.argmax(logits(from_uint8(jnp.asarray(images))), axis=1)
+    workdir: Workdir  # folder of a CIFAR-10 run
+    samples: PositiveInt = 500  # samples with each style
 
 
 def statistics(images: np.ndarray) -> np.ndarray:
@@ -117,21 +72,21 @@ def main() -> None:
     require(is_cifar10, "WORKDIR", options.workdir, "the folder of a CIFAR-10 run")
 
     dataset = open_dataset(data)
-    classify = train_classifier(dataset)
+    classifier = load_or_train(dataset.records.images, dataset.records.labels)
     held_out = open_dataset(dataclasses.replace(data, split="test")).records
     images, labels = held_out.images[:2000], held_out.labels[:2000]
-    share = (classify(images) == labels).mean()
+    share = (classify(classifier, images)[1] == labels).mean()
     print(f"the classifier on held-out real images: {share:.1%}")
 
     images, labels = draw(options, style=None)
     plain = statistics(images)
-    plain_share = (classify(images) == labels).mean()
+    plain_share = (classify(classifier, images)[1] == labels).mean()
     header = f"{'style':<12}{'distance without':>18}{'with':>10}{'ratio':>8}"
     print(header + f"{'accuracy without':>18}{'with':>8}")
     real = statistics(dataset.records.images)
     for name, index in choose_styles(real).items():
         images, labels = draw(options, dataset.records.images[index])
-        share = (classify(images) == labels).mean()
+        share = (classify(classifier, images)[1] == labels).mean()
         without = np.abs(plain - real[index]).mean()
         with_style = np.abs(statistics(images) - real[index]).mean()
         ratio = without / with_style

@@ -71,7 +71,7 @@ def report(rows: list[Row], path: str | None = None) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    files: tyro.conf.Positional[tuple[str, ...]]  # that benchmarks wrote by --json
+    files: tyro.conf.Positional[tuple[str, ...]]  # files that benchmarks wrote by --json
 
 
 def main() -> None:

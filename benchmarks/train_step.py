@@ -42,11 +42,11 @@ Figures = dict[str, Any]
 @dataclass(frozen=True)
 class Options:
     config: Annotated[Config, tyro.conf.arg(name="")]
-    presets: tuple[str, ...] = ("digits", "cifar10_tiny")
-    peer: str = "torch_dit"  # or diffusers, FILE.py:CLASS with the published arguments, none
-    modes: tuple[Literal["eager", "compile"], ...] | None = None  # of the peer; None is all
-    dtype: Literal["float32", "bfloat16"] | None = None  # of the products; None is the preset's
-    steps: PositiveInt = 20  # timed, in each measurement
+    presets: tuple[str, ...] = ("digits", "cifar10_tiny")  # presets to measure
+    peer: str = "torch_dit"  # torch_dit, diffusers, FILE.py:CLASS as published, or none
+    modes: tuple[Literal["eager", "compile"], ...] | None = None  # modes of the peer; None is all
+    dtype: Literal["float32", "bfloat16"] | None = None  # type of products; None is the preset's
+    steps: PositiveInt = 20  # steps timed in each measurement
     rounds: PositiveInt = 3  # measurements of each side
     json: str | None = None  # file to append the table's rows to
 
@@ -246,8 +246,7 @@ def parse_presets(
     """
 
     def parsed(config: Config) -> Any:
-        kind = tyro.conf.FlagConversionOff[options_of]
-        return cli.parse(kind, argv, prog, description, options_of(config))
+        return cli.parse(options_of, argv, prog, description, options_of(config))
 
     options = parsed(Config())
     configs = []

@@ -1,9 +1,9 @@
 """Checkpoints: state, config and data set facts together, checked before they are read.
 
-`checkpoints/STEP/` holds the items `model`, `ema`, `optimizer`, `config`, `dataset` and `log`,
-which Orbax writes in the background, and `checksums.json`: Orbax restores a flipped bit without an
-error. The config and the facts are read without jax, so jax, Orbax and the model are imported where
-they are used.
+`checkpoints/STEP/` holds the items `model`, `ema`, `optimizer`, `config`, `dataset` and `log`, and
+`ema_DECAY` for each further average, which Orbax writes in the background, and `checksums.json`:
+Orbax restores a flipped bit without an error. The config and the facts are read without jax, so
+jax, Orbax and the model are imported where they are used.
 """
 
 from __future__ import annotations
@@ -256,9 +256,10 @@ class Checkpoints:
         with self._failures_noted():
             self.manager.wait_until_finished()
         optimizer = {"step": state.step, "opt_state": state.opt_state}
+        averages = zip(self.config.optim.averages, state.emas, strict=True)
         items = ocp.args.Composite(
             model=ocp.args.StandardSave(state.model),
-            ema=ocp.args.StandardSave(state.ema),
+            **{name: ocp.args.StandardSave(ema) for name, ema in averages},
             optimizer=ocp.args.StandardSave(optimizer),
             config=ocp.args.JsonSave(dataclasses.asdict(self.config)),
             dataset=ocp.args.JsonSave(self.facts),
@@ -341,11 +342,14 @@ def restore(workdir: Path, step: int, target: State) -> State:
     folder = step_folder(workdir, step)
     optimizer = {"step": target.step, "opt_state": target.opt_state}
     model = restore_item(folder / "model", target.model)
-    ema = restore_item(folder / "ema", target.ema)
+    names = stored_config(workdir, step).optim.averages
+    emas = tuple(
+        restore_item(folder / name, ema) for name, ema in zip(names, target.emas, strict=True)
+    )
     optimizer = restore_item(folder / "optimizer", optimizer)
     found = int(optimizer["step"])
     require(found == step, f"{folder}: step", found, f"{step}, the name of the folder")
-    return State(optimizer["step"], model, ema, optimizer["opt_state"])
+    return State(optimizer["step"], model, emas, optimizer["opt_state"])
 
 
 def restore_item(folder: Path, target: Any) -> Any:
@@ -392,7 +396,7 @@ def arrays_by_name(tree: Any) -> dict[str, str]:
 
 def load(
     path: str | Path,
-    ema: bool = True,
+    ema: bool | float = True,
     sharding: jax.sharding.Sharding | None = None,
     dtype: str | None = None,
     step: int | None = None,
@@ -400,9 +404,10 @@ def load(
     """The model of a workdir's newest intact checkpoint, or of converted weights, and its config.
 
     path: the workdir, or one checkpoint of it, as in runs/digits/checkpoints/3000. ema: the
-    averaged weights; False takes the last ones. sharding: of every parameter; None is the first
-    device. dtype: of the products; None is the training's. step: of a checkpoint known to be
-    intact; None looks for the newest and warns of damaged ones. Raises InputError.
+    averaged weights, of several averages the first, or that of a decay; False takes the last ones.
+    sharding: of every parameter; None is the first device. dtype: of the products; None is the
+    training's. step: of a checkpoint known to be intact; None looks for the newest and warns of
+    damaged ones. Raises InputError.
     """
     import jax
 
@@ -416,7 +421,7 @@ def load(
     config = stored_config(workdir, step)
     if dtype is not None:
         config = replace(config, train=dict(dtype=dtype))
-    item = step_folder(workdir, step) / ("ema" if ema else "model")
+    item = step_folder(workdir, step) / weights_item(config, ema)
     require(item.is_dir(), "ema", ema, "True: converted weights are one set")
     shapes = abstract_model(config)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -425,6 +430,18 @@ def load(
     expected = f"of finite weights, which those of checkpoint {step} are not"
     require(jax.jit(is_finite)(model), "workdir", str(workdir), expected)
     return model, config
+
+
+def weights_item(config: Config, ema: bool | float) -> str:
+    """The item that holds the average of a decay; with True the first, with False the last weights.
+
+    Raises InputError.
+    """
+    if isinstance(ema, bool):
+        return "ema" if ema else "model"
+    names = {decay: name for name, decay in config.optim.averages.items()}
+    require(ema in names, "ema", ema, f"one of the run's decays: {', '.join(map(str, names))}")
+    return names[ema]
 
 
 def save_weights(path: Path, model: DiT, config: Config, class_names: tuple[str, ...]) -> None:

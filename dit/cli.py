@@ -7,13 +7,11 @@ line on stderr.
 
 import contextlib
 import ctypes
-import difflib
 import functools
 import importlib.util
 import io
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
@@ -30,6 +28,7 @@ from dit.config import (
     Unsaved,
     check_fields,
     check_value,
+    nearest,
     one_line,
     replace,
     require,
@@ -57,11 +56,11 @@ def load_preset(name_or_file: str) -> Config:
     path = Path(name_or_file) if is_file else CONFIGS / f"{name_or_file}.py"
     if not path.is_file():
         names = preset_names()
-        near = difflib.get_close_matches(name_or_file, names, n=1, cutoff=0)
-        hint = (
-            f"the nearest preset is {near[0]!r} of {', '.join(names)}" if near else f"no {CONFIGS}"
+        hint = nearest(name_or_file, names)
+        known = f"presets are {', '.join(names)}" if names else f"no {CONFIGS}"
+        raise InputError(
+            f"preset: {name_or_file!r} is neither a preset nor a Python file{hint}; {known}"
         )
-        raise InputError(f"preset: {name_or_file!r} is neither a preset nor a Python file; {hint}")
     config = run_file(path, path.stat().st_mtime_ns)
     if isinstance(config, InputError):
         raise config
@@ -104,7 +103,8 @@ def parse(
     answer = io.StringIO()
     try:
         with contextlib.redirect_stderr(answer):
-            options = tyro.cli(kind, args=argv, prog=prog, description=description, default=default)
+            args = spell_flags(argv, kind)
+            options = tyro.cli(kind, args=args, prog=prog, description=description, default=default)
         check_options(options)
         return options
     except SystemExit as stop:
@@ -117,6 +117,32 @@ def parse(
     raise InputError(re.sub(r"(Argument helptext:|For full helptext).*", see, words))
 
 
+def boolean_fields(kind: type) -> set[str]:
+    """The names of a dataclass's fields that are bool, and of those of its sections."""
+    names = set()
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            names |= boolean_fields(hint)
+        elif hint is bool:
+            names.add(name)
+    return names
+
+
+def spell_flags(argv: list[str], kind: type) -> list[str]:
+    """The command line with `--x.flag True` as `--x.flag`, and `--x.flag False` as `--x.no-flag`.
+
+    Both spellings of a boolean are taken by every command.
+    """
+    names = "|".join(boolean_fields(kind)).replace("_", "[-_]")
+    spelled = rf"(?<![^\0])(--(?:[\w-]+\.)*)({names})[\0=](True|False)(?![^\0])"
+
+    def flag(match: re.Match) -> str:
+        section, name, value = match.groups()
+        return section + name if value == "True" else f"{section}no-{name}"
+
+    return re.sub(spelled, flag, "\0".join(argv)).split("\0") if argv and names else argv
+
+
 def check_options(options: Any) -> None:
     """Holds every option against its annotation and range. Raises InputError."""
     for name, hint in get_type_hints(type(options), include_extras=True).items():
@@ -127,7 +153,12 @@ def check_options(options: Any) -> None:
 
 def parse_config(argv: list[str], prog: str, description: str) -> Config:
     """The valid config of `PRESET_OR_FILE.py [--section.field value ...]`. Raises InputError."""
-    config = parse_preset(Config, argv, prog, description, lambda preset: preset).validate()
+    return check_run(parse_preset(Config, argv, prog, description, lambda preset: preset))
+
+
+def check_run(config: Config) -> Config:
+    """Returns it. Raises InputError where it is not valid, or its name is that of no folder."""
+    config.validate()
     name = config.name
     is_folder = Path(name).name == name and name not in ("", ".", "..")
     is_free = is_folder or config.train.workdir
@@ -149,7 +180,7 @@ def parse_preset(
     preset, flags = split_preset(argv, kind, prog, description)
     if any(re.match(r"--data\.(name|latents)(=|$)", flag) for flag in flags):
         preset = replace(preset, data=dict(num_classes=None))
-    prog, kind = f"{prog} {argv[0]}", tyro.conf.FlagConversionOff[kind]
+    prog = f"{prog} {argv[0]}"
     return parse(kind, flags, prog, description, default=make_default(preset))
 
 
@@ -161,15 +192,15 @@ def split_preset(
         return load_preset(argv[0]), argv[1:]
     names = ", ".join(preset_names())
     description = f"{description}\nPresets: {names}."
-    parse(tyro.conf.FlagConversionOff[kind], argv, f"{prog} PRESET_OR_FILE.py", description)
+    parse(kind, argv, f"{prog} PRESET_OR_FILE.py", description)
     raise InputError(f"preset: missing; it should come first, one of {names}, or a Python file")
 
 
 def joins_hosts(argv: list[str]) -> bool:
     """Whether a command line, which need not be valid, is one of several hosts'."""
-    flag = re.search(r"--(?:mesh\.)?distributed(?:[= ](True|False))?", " ".join(argv))
+    flag = re.search(r"--(?:mesh\.)?(no-)?distributed(?:[= ](True|False))?", " ".join(argv))
     if flag:
-        return flag[1] != "False"
+        return not flag[1] and flag[2] != "False"
     with contextlib.suppress(InputError):
         return bool(argv) and load_preset(argv[0]).mesh.distributed
     return False
@@ -217,41 +248,3 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)  # never given back
         mallopt(M_MMAP_MAX, 0)  # none mapped on its own
         mallopt(M_ARENA_MAX, 1)  # one heap for all threads
-
-
-# Signals
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class StopRequest:
-    """Notes the first Ctrl-C, SIGTERM or SIGHUP, so that a run saves and stops. A second kills it.
-
-    As a context it listens, and restores what was before at its end.
-    """
-
-    def __init__(self):
-        self.requested = False
-        self.before: dict[int, Any] = {}
-
-    def listen(self) -> "StopRequest":
-        """From now on; again where a library has taken the signals."""
-        for number in SIGNALS:
-            handler = signal.getsignal(number)
-            if not self.requested and handler is not signal.SIG_IGN:  # as nohup has it
-                self.before.setdefault(number, handler)
-                signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.requested = True
-        for number in self.before:
-            signal.signal(number, signal.SIG_DFL)
-
-    def __enter__(self) -> "StopRequest":
-        return self.listen()
-
-    def __exit__(self, *exception: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

@@ -5,11 +5,12 @@ text in `--help`. `Config.validate` checks every field, then the relations betwe
 """
 
 import dataclasses
+import difflib
 import importlib.util
 import json
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -18,6 +19,7 @@ import tyro
 
 VAE_FACTOR = 8  # pixels of an image to one of its latents, along a side
 LATENT_CHANNELS = 4
+AUGMENT_SIZE = 5  # numbers that tell the network how an image was moved
 MAX_SIDE = 4096  # of an image, in pixels
 MAX_STEPS = 1_000_000  # of a diffusion or a sampler, whose tables hold a row for each
 
@@ -73,6 +75,12 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def nearest(word: str, names: Iterable[str]) -> str:
+    """What an error adds where one of the names was probably meant: "; the nearest is 'digits'"."""
+    near = difflib.get_close_matches(word.casefold(), names, n=1, cutoff=0.7)
+    return f"; the nearest is {near[0]!r}" if near else ""
+
+
 # Types with a range
 
 
@@ -89,7 +97,7 @@ NonNegativeInt = Annotated[int, NON_NEGATIVE]
 PositiveFloat = Annotated[float, POSITIVE]
 NonNegativeFloat = Annotated[float, NON_NEGATIVE]
 Probability = Annotated[float, Range(lambda value: 0 <= value <= 1, "a probability, from 0 to 1")]
-Decay = Annotated[float, Range(lambda value: 0 <= value < 1, "from 0 to below 1")]
+Decay = DropRate = Annotated[float, Range(lambda value: 0 <= value < 1, "from 0 to below 1")]
 Seed = Annotated[int, Range(lambda value: 0 <= value < 2**32, "from 0 to 2^32 - 1")]
 Byte = Annotated[int, Range(lambda value: 0 <= value <= 255, "from 0 to 255")]
 Count = Annotated[int, Range(lambda value: 0 < value <= 10**7, "from 1 to 10 million")]
@@ -108,6 +116,7 @@ Remat = Literal["none", "dots", "full"]
 Variance = Literal["learned_range", "fixed_small", "fixed_large"]
 Sampler = Literal["ddpm", "ddim", "euler", "heun"]
 Labels = Literal["random", "balanced"]
+Course = Literal["constant", "cosine"]
 
 # What one objective has and the other has not: samplers, the first its default, and fields
 SAMPLERS = {"ddpm": ("ddim", "ddpm"), "flow": ("heun", "euler")}
@@ -122,11 +131,12 @@ OWN_FIELDS = {
 class Model:
     hidden_size: PositiveInt = 384  # width D of a token, in channels
     depth: PositiveInt = 12  # number of blocks
-    num_heads: PositiveInt = 6  # attention heads; divides hidden_size
+    num_heads: PositiveInt = 6  # attention heads; their number divides hidden_size
     patch_size: PositiveInt = 2  # side of a patch, in pixels (in latent pixels where data.latents)
     mlp_ratio: PositiveFloat = 4.0  # width of the MLP, as a multiple of hidden_size
     conditioning: str = "adaln_zero"  # block: adaln_zero, adaln, cross_attention, in_context
-    remat: Remat = "none"  # of a block the backward pass computes again: all but its dots, or all
+    dropout: DropRate = 0.0  # share of what attention and MLP add that training drops
+    remat: Remat = "none"  # what of a block is computed twice: nothing, all but its dots, all of it
 
 
 @dataclass(frozen=True)
@@ -134,14 +144,14 @@ class Objective:
     name: Literal["ddpm", "flow"] = "ddpm"  # denoising diffusion, or flow matching
     num_steps: AtLeastTwo = 1000  # ddpm: timesteps T of the diffusion
     schedule: Literal["linear", "cosine"] = "linear"  # ddpm: noise schedule
-    variance: Variance = "learned_range"  # ddpm: of the reverse process
+    variance: Variance = "learned_range"  # ddpm: variance of the reverse process
     min_snr_gamma: PositiveFloat | None = None  # ddpm: weighs the error by min(SNR, gamma) / SNR
     prediction: Literal["v", "x0"] = "v"  # flow: what the network predicts; the loss is v's
     times: Literal["logit_normal", "uniform"] = "logit_normal"  # flow: how times are drawn
-    time_mean: float = 0.0  # flow: of logit(t), where logit-normal; more is more noise
-    time_std: PositiveFloat = 1.0  # flow: deviation of logit(t), where logit-normal
-    label_dropout: Probability = 0.1  # of the null class in place of the label, for guidance
-    mask_dropout: Probability = 0.2  # of no mask where the model has one; includes label_dropout
+    time_mean: float = 0.0  # flow: mean of logit-normal times' logit; more is more noise
+    time_std: PositiveFloat = 1.0  # flow: deviation of logit-normal times' logit
+    label_dropout: Probability = 0.1  # probability that the label is left out, for guidance
+    mask_dropout: Probability = 0.2  # probability that the mask is left out; includes label_dropout
 
     @property
     def learns_variance(self) -> bool:
@@ -152,14 +162,15 @@ class Objective:
 @dataclass(frozen=True)
 class Data:
     name: str = "digits"  # `digits`, a TFDS image set with a label, or a folder of class folders
-    split: str = "train"  # such as `train`, `train[:90%]` or, of a folder with val/ in it, `val`
-    image_size: PositiveInt = 8  # side, in pixels; other sizes are centre-cropped and resized
-    channels: Literal[1, 3] = 1  # colours of an image
-    num_classes: PositiveInt | None = None  # None is the data set's; label num_classes is null
+    split: str = "train"  # split, such as `train`, `train[:90%]`, or `val` where a folder has it
+    image_size: PositiveInt = 8  # side of an image, in pixels; others are cropped and resized
+    channels: Literal[1, 3] = 1  # colour channels of an image
+    num_classes: PositiveInt | None = None  # classes; None: as the data; label num_classes is null
     latents: AnyPath | None = None  # folder of VAE latents by dit.imagenet.latents; None is pixels
-    latent_scale: PositiveFloat = 0.18215  # makes the latents' standard deviation about 1
+    latent_scale: PositiveFloat = 0.18215  # factor that makes the latents' deviation about 1
     vae: AnyPath | None = None  # folder of the VAE that decodes latents, for sample grids
     flip: bool = False  # mirror each image with probability 1/2
+    augment: Probability = 0.0  # probability of a mirror, a turn, a shift, told to the network
     mask_classes: Byte = 0  # classes of a layout mask that conditions the model; 0 has no mask
 
 
@@ -167,57 +178,72 @@ class Data:
 class Optim:
     learning_rate: NonNegativeFloat = 1e-4  # peak learning rate of AdamW
     warmup_steps: NonNegativeInt = 0  # steps of linear warm-up from 0
-    schedule: Literal["constant", "cosine"] = "constant"  # cosine falls to 0 at train.steps
+    schedule: Course = "constant"  # learning rate after warm-up; cosine falls to 0 at train.steps
     beta1: Decay = 0.9  # decay of Adam's first moment
     beta2: Decay = 0.999  # decay of Adam's second moment
     weight_decay: NonNegativeFloat = 0.0  # decoupled weight decay
-    grad_clip: PositiveFloat | None = None  # largest global norm of the gradient
+    grad_clip: PositiveFloat | None = None  # largest global norm of the gradient; None is any
     accumulate: PositiveInt = 1  # equal parts of a batch, computed one after the other
-    ema_decay: Decay = 0.9999  # of the averaged weights; early on min(decay, (1 + n) / (10 + n))
+    # decay of the averaged weights, at step n at most (1 + n) / (10 + n); of several averages the
+    # first is drawn and judged
+    ema_decay: Decay | tuple[Decay, ...] = 0.9999
+
+    def __post_init__(self):
+        if isinstance(self.ema_decay, list):  # as JSON has it
+            object.__setattr__(self, "ema_decay", tuple(self.ema_decay))
+
+    @property
+    def averages(self) -> dict[str, float]:
+        """The decay of each average by its name in checkpoints and metrics: ema, ema_0.99, ..."""
+        first, *others = self.ema_decay if isinstance(self.ema_decay, tuple) else [self.ema_decay]
+        return {"ema": first} | {f"ema_{decay}": decay for decay in others}
 
 
 @dataclass(frozen=True)
 class Mesh:
     data: int = -1  # devices that share the batch; -1 is all that fsdp leaves
     fsdp: PositiveInt = 1  # devices that share the batch and the parameters
-    distributed: bool = False  # several hosts: call jax.distributed.initialize() first
+    distributed: bool = False  # join other hosts first, by jax.distributed.initialize()
 
 
 @dataclass(frozen=True)
 class Train:
-    steps: PositiveInt = 400_000  # optimizer steps
+    steps: PositiveInt = 400_000  # optimizer steps of the run
     batch_size: PositiveInt = 256  # images a step, over all devices and hosts
-    seed: Seed = 0  # of everything random
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the products; parameters are float32
+    seed: Seed = 0  # seed of everything random
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # type of products; the rest is float32
     log_every: PositiveInt = 100  # steps between two lines of metrics.jsonl
     sample_every: NonNegativeInt = 10_000  # steps between two sample grids; 0 draws none
-    checkpoint_every: NonNegativeInt = 10_000  # steps between two; the last and each grid get one
-    keep_last: PositiveInt = 3  # newest checkpoints kept
+    checkpoint_every: NonNegativeInt = 10_000  # steps between saves; the last and grids save too
+    keep_last: PositiveInt = 3  # number of newest checkpoints that are kept
     keep_every: NonNegativeInt = 100_000  # checkpoints at multiples of this are kept for good
-    sampler: Sampler | None = None  # of the sample grids; None is ddim, or heun for flow
+    sampler: Sampler | None = None  # sampler of the grids; None is ddim, or heun for flow
     sample_steps: PositiveInt = 50  # denoising steps of the grids; with heun two forwards each
     guidance: float = 2.0  # guidance scale of the sample grids; 1 is none
+    profile_steps: NonNegativeInt = 0  # steps that JAX's profiler traces, after the first; 0: none
     wandb: bool = False  # log to Weights & Biases too (needs the `wandb` extra)
     init_from: AnyPath | None = None  # a run or weights; what fits of them a new run begins with
-    workdir: Workdir = None  # where the run is kept; None is runs/NAME
+    workdir: Workdir = None  # folder of the run; None is runs/NAME
 
 
 @dataclass(frozen=True)
 class Eval:
     every: NonNegativeInt = 0  # steps between two measurements of FID and its kin; 0 makes none
-    inception: AnyPath | None = None  # the Inception weights that pytorch-fid publishes
-    reference: AnyPath | None = None  # statistics (.npz) or a data set; None is the one trained on
+    inception: AnyPath | None = None  # file of the Inception weights that pytorch-fid publishes
+    reference: AnyPath | None = None  # real images: statistics (.npz) or a data set; None: its own
     num_samples: AtLeastTwo = 10_000  # samples drawn; FID falls with their number, 50,000 are usual
     labels: Labels = "random"  # classes of the samples: drawn at random, or equally many of each
-    sampler: Sampler | None = None  # None is the paper's ddpm, or heun for flow
-    steps: PositiveInt | None = None  # None is as many as give the paper's 250 forwards
+    sampler: Sampler | None = None  # sampler; None is the paper's ddpm, or heun for flow
+    steps: PositiveInt | None = None  # denoising steps; None gives the paper's 250 forwards
     guidance: float = 1.0  # guidance scale; 1 is none
     batch_size: PositiveInt = 256  # samples at a time, over all devices
+    split: str | None = None  # split of other images, such as `test`, whose loss is measured
+    loss_every: PositiveInt = 500  # steps between two measurements of the loss of eval.split
 
 
 @dataclass(frozen=True)
 class Config:
-    name: str = "dit"  # of the run
+    name: str = "dit"  # name of the run, and of its folder in runs/
     model: Model = field(default_factory=Model)
     objective: Objective = field(default_factory=Objective)
     data: Data = field(default_factory=Data)
@@ -257,6 +283,7 @@ class Config:
         check_model(self)
         check_objective(self)
         check_masks(self)
+        check_augmentation(self)
         check_sizes(self)
         check_evaluation(self)
         check_run(self)
@@ -318,8 +345,13 @@ def check_value(name: str, value: Any, hint: Any) -> None:
     if kind is Literal:
         is_one = any(value == a and type(value) is type(a) for a in arguments)  # True == 1
         require(is_one, name, value, "one of " + ", ".join(map(str, arguments)))
-    elif kind in (typing.Union, types.UnionType):  # every union here is `X | None`
-        if value is not None:
+    elif kind in (typing.Union, types.UnionType):  # each is `X | None` or `X | tuple[X, ...]`
+        takes_several = typing.get_origin(arguments[1]) is tuple
+        if takes_several and isinstance(value, tuple):
+            require(value, name, value, "one or more")
+            for each in value:
+                check_value(name, each, arguments[0])
+        elif takes_several or value is not None:
             check_value(name, value, arguments[0])
     elif kind is Annotated:
         check_value(name, value, arguments[0])
@@ -394,6 +426,12 @@ def check_masks(config: Config) -> None:
     require(mask_dropout >= label_dropout, "objective.mask_dropout", mask_dropout, enough)
 
 
+def check_augmentation(config: Config) -> None:
+    augment, latents = config.data.augment, config.data.latents
+    fits = augment == 0 or latents is None
+    require(fits, "data.augment", augment, "0 with data.latents, which cannot be turned")
+
+
 def check_sizes(config: Config) -> None:
     """Bounds what no parameter's shape says: a stored config can claim any of it."""
     for name, value, most in [
@@ -407,6 +445,10 @@ def check_sizes(config: Config) -> None:
 def check_evaluation(config: Config) -> None:
     latents, vae, evaluation = config.data.latents, config.data.vae, config.eval
     require(vae is None or latents, "data.vae", vae, "given with data.latents: pixels need none")
+    held_out, trained_on = evaluation.split, config.data.split
+    is_apart = held_out is None or trained_on not in (held_out, held_out.split("[")[0])
+    expected = f"of other images than data.split = {trained_on!r}"
+    require(is_apart, "eval.split", held_out, expected)
     if evaluation.every == 0:
         return
     inception, reference = evaluation.inception, evaluation.reference
@@ -417,7 +459,9 @@ def check_evaluation(config: Config) -> None:
 
 def check_run(config: Config) -> None:
     train, parts = config.train, config.optim.accumulate
-    batch_size = train.batch_size
+    batch_size, decays = train.batch_size, config.optim.ema_decay
+    differ = not isinstance(decays, tuple) or len(set(decays)) == len(decays)
+    require(differ, "optim.ema_decay", decays, "decays that differ")
     divides = batch_size % parts == 0
     require(divides, "train.batch_size", batch_size, f"a multiple of optim.accumulate = {parts}")
     installed = importlib.util.find_spec("wandb") is not None

@@ -9,7 +9,7 @@ and noise run on the device, in `augment`.
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,9 @@ MEMORY_LIMIT = 4 << 30  # bytes of decoded images to keep in memory; more are de
 DECODE_LIMIT = 300  # seconds at the start to decode them in; else they are decoded each epoch
 DECODED_AT_ONCE = 1024  # images
 
-Condition = dict[str, jax.Array]  # what the model is told beside x and t: "y", and "mask" if any
+# What the model is told beside x and t: "y", "mask" if any and, in training alone, "augment" and
+# "dropout_keys" if any
+Condition = dict[str, jax.Array]
 
 
 class Records(Protocol):
@@ -110,14 +112,37 @@ def open_digits(config: Data) -> Dataset:
     require(shape == (8, 1), "data.image_size and data.channels", shape, expected)
     masks = config.mask_classes
     require(masks in (0, 2), "data.mask_classes", masks, "2 for 'digits': paper and ink")
-    require(config.split == "train", "data.split", config.split, "train: 'digits' has no other")
 
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
+    rows = split_rows(config.split, len(labels))
+    images, labels = images[rows], labels[rows]
     images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
     ink = ink_masks(images) if masks else None
     return Dataset(InMemory(images, labels.astype(np.int32), ink), class_names)
+
+
+def split_rows(split: str, count: int) -> np.ndarray:
+    """The rows of `train`, in their order, or of slices of it as TFDS writes them: `train[:50%]`.
+
+    Slices are of one fixed shuffled order of the `count` rows. Raises InputError.
+    """
+    if split == "train":
+        return np.arange(count)
+
+    import tensorflow_datasets as tfds
+
+    order = np.random.RandomState(0).permutation(count)  # whose numbers are the same in any NumPy
+    whole = tfds.core.SplitInfo("train", shard_lengths=[count], num_bytes=0)
+    try:
+        slices = tfds.core.ReadInstruction.from_spec(split).to_absolute({"train": whole})
+        rows = np.concatenate([order[part.from_ : part.to] for part in slices])
+    except (ValueError, NotImplementedError):
+        rows = order[:0]
+    expected = "train, or a slice of it that is not empty, such as train[:50%]"
+    require(len(rows), "data.split", split, expected)
+    return rows
 
 
 def ink_masks(images: np.ndarray) -> np.ndarray:
@@ -171,7 +196,7 @@ def tfds_config(name: str, split: str, image_size: int, channels: int = 3) -> Da
     `channels` is for a folder, whose pictures are taken in either.
     """
     if name == "digits":
-        return Data()
+        return Data(split=split)
     if is_folder(name):
         return Data(name=name, split=split, image_size=image_size, channels=channels)
     builder = tfds_builder(name)
@@ -301,7 +326,8 @@ def augment(
     """x, float32 `[B, H, W, C]`, and its condition.
 
     x is pixels in [-1, 1], or a fresh sample of the VAE's posterior, scaled. With `config.flip`,
-    each image is mirrored with probability 1/2, its mask with it.
+    each image is mirrored with probability 1/2, its mask with it, and with `config.augment` they
+    are moved.
     """
     condition = {"y": batch["label"]}
     mirrored = jax.random.bernoulli(key, 0.5 * config.flip, (len(batch["label"]), 1, 1, 1))
@@ -316,12 +342,61 @@ def augment(
     if "mask" in batch:
         mask = batch["mask"]
         condition["mask"] = jnp.where(mirrored[..., 0], mask[:, :, ::-1], mask)
+    if config.augment:
+        motion = draw_motion(jax.random.fold_in(key, 1), *x.shape[:2], config.augment)
+        x = jax.vmap(move)(x, motion)
+        if "mask" in batch:
+            condition["mask"] = jax.vmap(move)(condition["mask"], motion)
+        condition["augment"] = motion_label(motion, x.shape[1])
     return x, condition
+
+
+class Motion(NamedTuple):
+    """How each image of a batch is moved, in this order; int32 `[B]` each."""
+
+    mirrored: jax.Array  # 0 or 1
+    turns: jax.Array  # by 90 degrees, 0 to 3
+    down: jax.Array  # pixels
+    right: jax.Array
+
+
+def largest_shift(side: int) -> int:
+    return max(side // 8, 1)
+
+
+def draw_motion(key: jax.Array, count: int, side: int, probability: float) -> Motion:
+    """Non-leaking augmentation (Karras et al., 2206.00364, appendix F.2) by motions alone.
+
+    A mirror, a turn and a shift of up to an eighth of the side, each with a probability.
+    """
+    which_key, turn_key, shift_key = jax.random.split(key, 3)
+    mirrored, turned, shifted = jax.random.bernoulli(which_key, probability, (3, count)).astype(int)
+    turns = turned * jax.random.randint(turn_key, (count,), 1, 4)
+    most = largest_shift(side)
+    down, right = shifted[None] * jax.random.randint(shift_key, (2, count), -most, most + 1)
+    return Motion(mirrored, turns, down, right)
+
+
+def move(image: jax.Array, motion: Motion) -> jax.Array:
+    """An image `[H, H, C]`, or a mask `[H, H]`, moved; what is shifted in is its reflection."""
+    image = jnp.where(motion.mirrored, image[:, ::-1], image)
+    image = jnp.stack([jnp.rot90(image, turns) for turns in range(4)])[motion.turns]
+    most = largest_shift(len(image))
+    borders = [(most, most)] * 2 + [(0, 0)] * (image.ndim - 2)
+    corner = [most - motion.down, most - motion.right] + [0] * (image.ndim - 2)
+    return jax.lax.dynamic_slice(jnp.pad(image, borders, mode="reflect"), corner, image.shape)
+
+
+def motion_label(motion: Motion, side: int) -> jax.Array:
+    """What the network is told of it, `[B, AUGMENT_SIZE]`: zeros of an image that was not moved."""
+    cosine, sine = jnp.array([1, 0, -1, 0])[motion.turns], jnp.array([0, 1, 0, -1])[motion.turns]
+    shifts = motion.down / largest_shift(side), motion.right / largest_shift(side)
+    return jnp.stack([motion.mirrored, cosine - 1, sine, *shifts], axis=1).astype(jnp.float32)
 
 
 def null_condition(condition: Condition, config: Data) -> Condition:
     """The null class and, with masks, the null mask, in the shapes of a condition."""
-    null = {"y": config.num_classes, "mask": config.mask_classes}
+    null = {"y": config.num_classes, "mask": config.mask_classes, "augment": 0}
     nulls = {name: jnp.full_like(value, null[name]) for name, value in condition.items()}
     if condition["y"].ndim == 2:  # weights of the classes, the last of them null
         nulls["y"] = jnp.zeros_like(condition["y"]).at[:, -1].set(1)
@@ -331,10 +406,12 @@ def null_condition(condition: Condition, config: Data) -> Condition:
 def drop_condition(condition: Condition, key: jax.Array, config: Config) -> Condition:
     """Replaces parts of the condition by null, for guidance, with the config's probabilities.
 
-    A label is dropped only where the mask is, so guidance learns the model without both.
+    A label is dropped only where the mask is, so guidance learns the model without both. How an
+    image was augmented is always told.
     """
     null = null_condition(condition, config.data)
-    probability = {"y": config.objective.label_dropout, "mask": config.objective.mask_dropout}
+    objective = config.objective
+    probability = {"y": objective.label_dropout, "mask": objective.mask_dropout, "augment": 0.0}
     chance = jax.random.uniform(key, (len(condition["y"]),))
 
     def drop(name: str, value: jax.Array) -> jax.Array:

@@ -27,6 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.stats import norm
 
+from dit.log import SHARE
+
 PIXELS = (1, 2, 3)  # the axes of an image
 
 
@@ -69,6 +71,21 @@ def times_and_noise(
     t_keys, noise_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
     noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(noise_keys)
     return jax.vmap(draw_time)(t_keys), noise
+
+
+def losses_by_quarter(losses: jax.Array, t: jax.Array) -> dict[str, jax.Array]:
+    """The parts that the quarters of time have in the mean of the losses `[B]`, and in the batch.
+
+    t `[B]` is in [0, 1], from image to noise. Both are means over the whole batch, as any metric
+    is; the mean loss of a quarter, of which a batch may hold no sample, is the ratio of their sums.
+    """
+    quarters = jnp.minimum(jnp.floor(4 * t), 3)
+    metrics = {}
+    for k in range(4):
+        is_in = quarters == k
+        metrics[f"loss_quarter_{k + 1}"] = jnp.where(is_in, losses, 0).mean()
+        metrics[f"loss_quarter_{k + 1}{SHARE}"] = is_in.mean()
+    return metrics
 
 
 def split_output(model_output: jax.Array, channels: int) -> tuple[jax.Array, jax.Array | None]:
@@ -194,7 +211,7 @@ class DDPM:
     def loss(
         self, model: Callable, key: jax.Array, x: jax.Array, condition: dict[str, jax.Array]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(6) and (7), averaged over x `[B, H, W, C]`, and the means of its parts.
+        """(6) and (7), averaged over x `[B, H, W, C]`, the means of its parts, and by quarter of t.
 
         `key` is one key for the batch, or one a sample `[B]`.
         """
@@ -206,8 +223,9 @@ class DDPM:
         xt = self.q_sample(x, t, noise)
         model_output = model(xt, self.original_timesteps(t), **condition)
         mse, vb = self.losses(model_output, x, xt, t, noise)
-        loss = jnp.mean(self.mse_weight(t) * mse + vb)
-        return loss, {"mse": mse.mean(), "vb": vb.mean()}
+        losses = self.mse_weight(t) * mse + vb
+        quarters = losses_by_quarter(losses, t / len(self.timesteps))
+        return losses.mean(), {"mse": mse.mean(), "vb": vb.mean()} | quarters
 
     def losses(
         self,

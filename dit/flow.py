@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit.ddpm import PIXELS, times_and_noise
+from dit.ddpm import PIXELS, losses_by_quarter, times_and_noise
 
 SMALLEST_TIME = 0.05  # by which (5) divides
 
@@ -88,14 +88,15 @@ class Flow:
     def loss(
         self, model: Callable, key: jax.Array, x: jax.Array, condition: dict[str, jax.Array]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(4), averaged over x `[B, H, W, C]`; it has no parts.
+        """(4), averaged over x `[B, H, W, C]`, and by quarter of t.
 
         `key` is one key for the batch, or one a sample `[B]`.
         """
         t, noise = times_and_noise(key, x, self.draw_time)
         xt = self.q_sample(x, t, noise)
         model_output = model(xt, self.time_scale * t, **condition)
-        return self.losses(model_output, x, t, noise).mean(), {}
+        losses = self.losses(model_output, x, t, noise)
+        return losses.mean(), losses_by_quarter(losses, t)
 
     def losses(
         self, model_output: jax.Array, x0: jax.Array, t: jax.Array, noise: jax.Array

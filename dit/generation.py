@@ -118,11 +118,12 @@ def make_sampler(
     style_strength: float,
     frames: int | None = None,
 ) -> Callable:
-    """The function (model, vae, condition, indices, seed, scale, style) -> uint8 `[B, H, W, C]`.
+    """The function (model, vae, condition, indices, seed, scale, style, guide) -> uint8
+    `[B, H, W, C]`.
 
     With frames, F states of each sample from noise to image: `[B, F, H, W, C]`. One compilation
     serves every condition, seed and scale of guidance; None, for no guidance, has its own, and so
-    has no style.
+    have no style and no guide.
     """
     process = make_objective(config)
     samplers = {
@@ -148,6 +149,7 @@ def make_sampler(
         seed: jax.Array,
         scale: jax.Array | None,
         style: jax.Array | None,
+        guide: DiT | None,
     ) -> jax.Array:
         def correct(x0: jax.Array) -> jax.Array:
             if style is not None:
@@ -155,7 +157,8 @@ def make_sampler(
             return x0 if config.data.latents else sampling.clip_pixels(x0)
 
         null = null_condition(condition, config.data)
-        denoise = sampling.guided(model, condition, null, scale, cfg_channels, guidance_interval)
+        fixed = (cfg_channels, guidance_interval)
+        denoise = sampling.guided(model, condition, null, scale, *fixed, guide)
         keys = sampling.sample_keys(seed, indices)
         denoised = partial(run, process, denoise, keys, config.input_shape, steps, correct=correct)
         if frames is None:
@@ -183,6 +186,7 @@ def make_draw(
     seed: int = 0,
     style: jax.Array | None = None,
     style_strength: float = 1.0,
+    guide: DiT | None = None,
     frames: int | None = None,
     same_noise: bool = False,
 ) -> Draw:
@@ -193,8 +197,9 @@ def make_draw(
     `batch_size`, or fewer at the end. Sample i is a function of (seed, i), whatever the batch and
     the number of devices. vae is None for pixels. style: pixels or latents `[1, h, w, C]`, whose
     channel means and deviations each prediction of x_0 takes. guidance_interval is in the
-    objective's own time. frames: draw at most so many states of each sample, two or more, evenly
-    from noise to image: `[n, F, H, W, C]`. same_noise: every sample has that of sample 0.
+    objective's own time. guide: a worse model to guide away from, in place of the null condition.
+    frames: draw at most so many states of each sample, two or more, evenly from noise to image:
+    `[n, F, H, W, C]`. same_noise: every sample has that of sample 0.
     """
     num_samples = len(condition["y"])
     batch_size = min(batch_size, num_samples)
@@ -209,7 +214,7 @@ def make_draw(
         rows = {name: value[first:stop] for name, value in condition.items()}
         inputs = place_rows((rows, indices[first:stop]), batch_size, mesh)
         with jax.set_mesh(mesh):  # so that sharded weights are gathered, as in training
-            images = sample(model, vae, *inputs, np.uint32(seed), scale, style)
+            images = sample(model, vae, *inputs, np.uint32(seed), scale, style, guide)
         return np.asarray(images)[: stop - first]
 
     return draw

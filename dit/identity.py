@@ -7,6 +7,11 @@ weights. Step 2 also reaches the final modulation, the patch embedding and the b
 step 3 everything. Exit status 0 if all of that holds, 1 if not.
 """
 
+from dit.signals import StopRequest
+
+if __name__ == "__main__":
+    StopRequest().end_at_once("dit.identity")
+
 import functools
 import sys
 
@@ -54,6 +59,8 @@ def random_inputs(model: DiT, key: jax.Array) -> Inputs:
     if model.mask_classes:
         shape, high = (BATCH, side, side), model.mask_classes + 1
         condition["mask"] = jax.random.randint(y_key, shape, 0, high)
+    if model.augment_size:
+        condition["augment"] = jax.random.normal(y_key, (BATCH, model.augment_size))
     return x, t, condition
 
 
@@ -97,7 +104,7 @@ def group_of(path: tuple, column: str = "") -> str:
         names |= {"mlp": "MLP", "cross_attention": "cross-attention"}
         return f"block {names.get(column or inner, inner)}"
     names = {"patch_embed": "patch", "timestep_embed": "timestep"}
-    return f"{names.get(top, 'label')} embedding"  # a mask's embedding wakes with the label's
+    return f"{names.get(top, 'label')} embedding"  # a mask's and an augmentation's wake with it
 
 
 def reached(grads: DiT) -> dict[str, jax.Array]:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import shlex
 import sys
 import time
 import zlib
@@ -19,11 +20,18 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dit.chips import find_chip
-from dit.config import Config, diverged
+from dit.chips import GIB, find_chip
+from dit.cli import CONFIGS
+from dit.config import Config, InputError, diverged, from_fields
 from dit.images import save_grid
 
 Metrics = dict[str, float]
+
+SHARE = "_share"  # behind a metric's name: of a batch, the share of samples that it is of
+
+# In TensorBoard these are speed/NAME, the others train/NAME or eval/NAME
+SPEED = ("images_per_second", "tflops_per_second", "mfu", "data_seconds", "peak_memory_gib")
+COMPARED = ("train/loss", "train/grad_norm", "speed/images_per_second")  # between runs
 
 
 def say(text: str) -> None:
@@ -54,6 +62,12 @@ class Progress:
         """Units a second, since the start."""
         return (self.done - self.first) / (time.monotonic() - self.started)
 
+    @property
+    def time_left(self) -> str:
+        """Of the units that remain, as long as those before them took: [hours:]minutes:seconds."""
+        seconds_each = (time.monotonic() - self.started) / (self.done - self.first)
+        return tqdm.format_interval((self.total - self.done) * seconds_each)
+
     def advance(self, count: int, note: str | None = None) -> None:
         """Counts `count` more units; `note` stands behind the count in place of the rate."""
         self.done += count
@@ -62,8 +76,11 @@ class Progress:
             self.bar.set_postfix_str(note, refresh=False)
         is_due = time.monotonic() - self.printed > 5 or self.done >= self.total
         if self.bar.disable and is_due and jax.process_index() == 0:
-            self.printed = time.monotonic()
             words = f"{self.rate:,.1f} {self.unit}s/s" if note is None else note
+            is_first = self.printed == -math.inf  # of which little can be said
+            if self.done < self.total and not is_first:
+                words += f"  {self.time_left} left"
+            self.printed = time.monotonic()
             print(f"{self.unit} {self.done}/{self.total}  {words}", file=self.file, flush=True)
 
     def over(self, items: Iterable) -> Iterator:
@@ -83,6 +100,13 @@ def with_progress(batches: Iterable[np.ndarray], total: int) -> Iterator[np.ndar
         yield images
         progress.advance(len(images))
     progress.close()
+
+
+def peak_memory() -> Metrics:
+    """{"peak_memory_gib": ...} of this process's first device; {} where it does not tell: a CPU."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use")
+    return {} if peak is None else {"peak_memory_gib": peak / GIB}
 
 
 class Clock:
@@ -113,7 +137,21 @@ class Clock:
         }
         if self.chip:
             reading["mfu"] = flops_per_second / (self.chip.peak * jax.device_count())
-        return reading
+        return reading | peak_memory()
+
+
+def means(sums: Metrics) -> Metrics:
+    """Means of what a log has added up over "steps".
+
+    What only a share of the samples has is divided by the sum of these shares, and left out where
+    that is 0.
+    """
+    found = {}
+    for name, total in sums.items():
+        divisor = sums.get(name + SHARE, sums["steps"])
+        if name != "steps" and not name.endswith(SHARE) and divisor > 0:
+            found[name] = total / divisor
+    return found
 
 
 class Log:
@@ -130,11 +168,13 @@ class Log:
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
         self.unwritten = dict(unwritten)  # sums since the last line; "steps" is their number
         self.writers = Writers(config, start) if jax.process_index() == 0 else None
+        self.profile = Profile(config, start)
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        self.profile.close()
         self.progress.close()
         if self.writers:
             self.writers.close()
@@ -144,6 +184,9 @@ class Log:
         self.fetch()
         self.pending.append((step, metrics))
         self.clock.images += self.config.train.batch_size
+        if self.profile.is_due(step):
+            self.fetch()
+            self.profile.turn()
 
     def fetch(self) -> None:
         """Waits for the pending metrics. Raises Diverged if they are not finite."""
@@ -155,7 +198,10 @@ class Log:
                 raise diverged(what, self.config.workdir / "checkpoints")
             for name, value in {"steps": 1, **values}.items():
                 self.unwritten[name] = self.unwritten.get(name, 0) + value
-            self.progress.advance(1, f"loss {loss:.4f}  {self.rates}".rstrip())
+            words = [f"loss {loss:.4f}", self.rates]
+            if "mse" in values:  # whose variational part jumps
+                words.insert(1, f"mse {values['mse']:.4f}")
+            self.progress.advance(1, "  ".join(filter(None, words)))
         self.pending.clear()
 
     @contextlib.contextmanager
@@ -168,26 +214,59 @@ class Log:
 
     def write(self, step: int) -> None:
         """Writes the means of the metrics since the last call, and the rates."""
-        steps = self.unwritten.pop("steps")
-        means = {name: total / steps for name, total in self.unwritten.items()}
+        values = means(self.unwritten)
         self.unwritten.clear()
         reading = self.clock.read()
         images, tflops = reading["images_per_second"], reading["tflops_per_second"]
         self.rates = f"{images:,.0f} images/s  {tflops:.3g} TFLOP/s"
         if "mfu" in reading:
             self.rates += f"  MFU {reading['mfu']:.1%}"
+        if "peak_memory_gib" in reading:
+            self.rates += f"  {reading['peak_memory_gib']:.1f} GiB"
         if self.writers:
-            self.writers.metrics(step, means | reading)
+            self.writers.metrics(step, values | reading, "train")
 
     def scores(self, step: int, scores: Metrics) -> None:
         """Writes the scores of an evaluation."""
         if self.writers:
-            self.writers.metrics(step, scores)
+            self.writers.metrics(step, scores, "eval")
 
     def grid(self, step: int, images: np.ndarray, row_names: list[str]) -> None:
         """Writes a sample grid of uint8 `[rows * columns, H, W, C]` to `samples/`."""
         if self.writers:
             self.writers.grid(step, images, row_names)
+
+
+class Profile:
+    """A trace by JAX's profiler of `train.profile_steps` steps, after the first, which warms up.
+
+    Of process 0 and its devices. A run that ends sooner ends it.
+    """
+
+    def __init__(self, config: Config, start: int):
+        self.folder = config.workdir / "profile"
+        steps = config.train.profile_steps if jax.process_index() == 0 else 0
+        self.turns = [start + 1, start + 1 + steps] if steps else []
+        self.is_on = False
+
+    def is_due(self, step: int) -> bool:
+        """Whether it begins or ends when this step is done."""
+        return step in self.turns
+
+    def turn(self) -> None:
+        """Begins, or ends and says how the trace is seen."""
+        if self.is_on:
+            self.close()
+        else:
+            jax.profiler.start_trace(self.folder)
+            self.is_on = True
+
+    def close(self) -> None:
+        if self.is_on:
+            self.is_on = False
+            jax.profiler.stop_trace()
+            folder = shlex.quote(str(self.folder))
+            say(f"the profile opens by: xprof --logdir {folder} (after pip install xprof)")
 
 
 class Writers:
@@ -200,12 +279,14 @@ class Writers:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
 
+        self.config = config
         self.workdir = config.workdir
         drop_metrics_after(self.workdir / "metrics.jsonl", start)
         self.jsonl = (self.workdir / "metrics.jsonl").open("a", buffering=1)
         # not SummaryWriter, whose thread ends where a write fails: then it waits for ever
         self.board = EventsWriter(str(self.workdir / "events"))
         self.event(start + 1, session_log=SessionLog(status=SessionLog.START))  # hides later ones
+        self.describe(start + 1)
         self.wandb = start_wandb(config) if config.train.wandb else None
         self.failed = False
 
@@ -214,6 +295,23 @@ class Writers:
 
         self.board.write_event(Event(step=step, wall_time=time.time(), **content))
         self.board.flush()
+
+    def describe(self, step: int) -> None:
+        """The config as text, and as hyperparameters, which TensorBoard compares runs by."""
+        from tensorboardX import summary
+
+        sections = json.loads(self.config.to_json())
+        name = sections.pop("name")
+        fields = {
+            f"{section}.{field}": value if isinstance(value, (bool, int, float)) else str(value)
+            for section, values in sections.items()
+            for field, value in values.items()
+        }
+        compared = [*COMPARED, *(["eval/fid"] if self.config.eval.every else [])]
+        experiment, session, _ = summary.hparams({"name": name} | fields, dict.fromkeys(compared))
+        self.event(step, summary=summary.text("config", f"```\n{self.config.to_json()}\n```"))
+        self.event(step, summary=experiment)
+        self.event(step, summary=session)
 
     @contextlib.contextmanager
     def failures_noted(self) -> Iterator[None]:
@@ -224,13 +322,14 @@ class Writers:
                 say(f"warning: {self.workdir}: metrics or pictures are not written ({error})")
             self.failed = True
 
-    def metrics(self, step: int, values: Metrics) -> None:
+    def metrics(self, step: int, values: Metrics, group: str) -> None:
         from tensorboardX import summary
 
         with self.failures_noted():
             self.jsonl.write(json.dumps({"step": step, **values}) + "\n")
             for name, value in values.items():
-                self.event(step, summary=summary.scalar(name, value))
+                tag = f"{'speed' if name in SPEED else group}/{name}"
+                self.event(step, summary=summary.scalar(tag, value))
         if self.wandb:
             self.wandb.log(values, step=step)
 
@@ -253,7 +352,7 @@ class Writers:
         with self.failures_noted():
             self.board.close()
             self.jsonl.close()
-            plot_loss(self.workdir)
+            plot_loss(self.workdir, known_band(self.config))
         if self.wandb:
             self.wandb.finish()
 
@@ -293,23 +392,65 @@ def read_metrics(path: Path) -> Iterator[tuple[str, Metrics]]:
             yield line, row
 
 
-def plot_loss(workdir: Path) -> None:
-    """`loss.png` from `metrics.jsonl`: the loss and its parts, if any, against the step."""
-    from matplotlib.figure import Figure
+# loss.png
 
-    rows = [row for _, row in read_metrics(workdir / "metrics.jsonl") if "loss" in row]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    labels = {
+PANELS = [
+    {
         "loss": "loss",
         "mse": "squared error of the noise",
         "vb": "variational term (bits)",
-    }
-    steps = [row["step"] for row in rows]
-    for name, label in labels.items():
-        if all(name in row for row in rows):  # only DDPM's loss has parts
-            axes.plot(steps, [row[name] for row in rows], label=label, linewidth=1)
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend()
+        "held_out_loss": "loss of held-out images",
+        "held_out_loss_ema": "loss of held-out images, averaged weights",
+    },
+    {
+        "loss_quarter_1": "loss, t in its first quarter, next to the image",
+        "loss_quarter_2": "second quarter",
+        "loss_quarter_3": "third quarter",
+        "loss_quarter_4": "last quarter, next to noise",
+    },
+]
+
+
+def recipe(config: Config) -> tuple:
+    """What the loss in a run's log depends on, but for the seed."""
+    train, optim = config.train, config.optim
+    last_step = train.steps if optim.schedule == "cosine" else None
+    logged = (train.batch_size, train.dtype, train.log_every, last_step)
+    return config.model, config.objective, config.data, optim, logged
+
+
+def known_band(config: Config) -> np.ndarray | None:
+    """Rows of (step, low, high): between what the loss of other seeds of this recipe has been.
+
+    None where benchmarks/health.py has not measured it.
+    """
+    path = CONFIGS / "bands.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for entry in known.values():
+        with contextlib.suppress(InputError):  # a field that is no more
+            if recipe(from_fields(Config, entry["config"])) == recipe(config):
+                return np.array(entry["band"])
+    return None
+
+
+def plot_loss(workdir: Path, band: np.ndarray | None = None) -> None:
+    """`loss.png` from `metrics.jsonl`: the losses against the step, all and by quarter of t."""
+    from matplotlib.figure import Figure
+
+    rows = [row for _, row in read_metrics(workdir / "metrics.jsonl")]
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    panels = figure.subplots(1, len(PANELS))
+    for axes, labels in zip(panels, PANELS, strict=True):
+        for name, label in labels.items():
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:  # not every run has all of them
+                axes.plot(*zip(*points, strict=True), label=label, linewidth=1)
+        axes.set(xlabel="step", ylabel="loss", yscale="log")
+        axes.grid(alpha=0.3)
+    if band is not None and rows:
+        steps, low, high = band[band[:, 0] <= rows[-1]["step"]].T
+        panels[0].fill_between(steps, low, high, alpha=0.2, label="loss of other seeds")
+    for axes in panels:
+        if axes.lines:
+            axes.legend()
     figure.savefig(workdir / "loss.png", dpi=120)

@@ -4,6 +4,7 @@ B batch, H and W height and width, C channels of the image, p side of a patch, T
 tokens, D hidden size, N heads, L depth, S tokens of a sequence that is attended to.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -182,8 +183,33 @@ class MLP(nnx.Module):
         return self.down(gelu(self.up(x)))
 
 
+Drop = Callable[[jax.Array, int], jax.Array]
+
+
+def keep(x: jax.Array, branch: int) -> jax.Array:
+    """x, whatever the branch: no dropout."""
+    return x
+
+
+def dropout(rate: float, keys: jax.Array) -> Drop:
+    """The function (x `[B, T, D]`, branch) -> x, each value 0 with probability `rate`.
+
+    The others are divided by 1 - rate (Srivastava et al., JMLR 2014). Which are 0 in sample i is a
+    function of keys[i] and the branch's number.
+    """
+
+    def drop(x: jax.Array, branch: int) -> jax.Array:
+        def is_kept(key: jax.Array) -> jax.Array:
+            return jax.random.bernoulli(jax.random.fold_in(key, branch), 1 - rate, x.shape[1:])
+
+        return jnp.where(jax.vmap(is_kept)(keys), x.astype(jnp.float32) / (1 - rate), 0.0)
+
+    return drop
+
+
 # The four block designs of the paper: x [B, T, D] and the condition c to [B, T, D]. Where the block
 # is `adaptive`, c is a vector of the image or of each token, elsewhere the sequence of t and y.
+# `drop` is applied to what each branch adds to x (Vaswani et al., 1706.03762, sec. 5.4).
 
 
 class AdaLNZeroBlock(nnx.Module):
@@ -196,10 +222,10 @@ class AdaLNZeroBlock(nnx.Module):
         self.attention = SelfAttention(hidden_size, num_heads, dtype=dtype, rngs=rngs)
         self.mlp = MLP(hidden_size, mlp_ratio, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, c: jax.Array, drop: Drop = keep) -> jax.Array:
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(nnx.silu(c))
-        x = x + gate_1 * self.attention(modulate(x, shift_1, scale_1))
-        x = x + gate_2 * self.mlp(modulate(x, shift_2, scale_2))
+        x = x + gate_1 * drop(self.attention(modulate(x, shift_1, scale_1)), 0)
+        x = x + gate_2 * drop(self.mlp(modulate(x, shift_2, scale_2)), 1)
         return x
 
 
@@ -213,10 +239,10 @@ class AdaLNBlock(nnx.Module):
         self.attention = SelfAttention(hidden_size, num_heads, dtype=dtype, rngs=rngs)
         self.mlp = MLP(hidden_size, mlp_ratio, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, c: jax.Array, drop: Drop = keep) -> jax.Array:
         shift_1, scale_1, shift_2, scale_2 = self.modulation(nnx.silu(c))
-        x = x + self.attention(modulate(x, shift_1, scale_1))
-        x = x + self.mlp(modulate(x, shift_2, scale_2))
+        x = x + drop(self.attention(modulate(x, shift_1, scale_1)), 0)
+        x = x + drop(self.mlp(modulate(x, shift_2, scale_2)), 1)
         return x
 
 
@@ -230,10 +256,10 @@ class CrossAttentionBlock(nnx.Module):
         self.cross_attention = CrossAttention(hidden_size, num_heads, dtype=dtype, rngs=rngs)
         self.mlp = MLP(hidden_size, mlp_ratio, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
-        x = x + self.attention(layer_norm(x))
-        x = x + self.cross_attention(layer_norm(x), c)
-        x = x + self.mlp(layer_norm(x))
+    def __call__(self, x: jax.Array, c: jax.Array, drop: Drop = keep) -> jax.Array:
+        x = x + drop(self.attention(layer_norm(x)), 0)
+        x = x + drop(self.cross_attention(layer_norm(x), c), 1)
+        x = x + drop(self.mlp(layer_norm(x)), 2)
         return x
 
 
@@ -246,9 +272,9 @@ class InContextBlock(nnx.Module):
         self.attention = SelfAttention(hidden_size, num_heads, dtype=dtype, rngs=rngs)
         self.mlp = MLP(hidden_size, mlp_ratio, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
-        x = x + self.attention(layer_norm(x))
-        x = x + self.mlp(layer_norm(x))
+    def __call__(self, x: jax.Array, c: jax.Array, drop: Drop = keep) -> jax.Array:
+        x = x + drop(self.attention(layer_norm(x)), 0)
+        x = x + drop(self.mlp(layer_norm(x)), 1)
         return x
 
 
@@ -312,6 +338,9 @@ class DiT(nnx.Module):
     `[B, H, W, C]` without `learn_sigma`: the noise, or what flow predicts. `dtype` is the type of
     the products inside the blocks; the residual stream, norms, GELU and softmax are float32, as is
     all before and behind the blocks.
+    In training, `dropout_keys=`, one a sample `[B]`, drops what the branches of the blocks add to
+    the residual stream, at the rate `dropout`; `augment=`, `[B, augment_size]`, tells how images
+    were augmented, and none is the same as zeros.
     """
 
     def __init__(
@@ -328,6 +357,8 @@ class DiT(nnx.Module):
         learn_sigma: bool = True,
         conditioning: str = "adaln_zero",
         mask_classes: int = 0,
+        augment_size: int = 0,
+        dropout: float = 0.0,
         dtype=jnp.float32,
         remat: str = "none",
         rngs: nnx.Rngs,
@@ -344,6 +375,8 @@ class DiT(nnx.Module):
         self.learn_sigma = learn_sigma
         self.conditioning = conditioning
         self.mask_classes = mask_classes
+        self.augment_size = augment_size
+        self.dropout = dropout
         self.dtype = dtype
         self.remat = remat
 
@@ -363,6 +396,9 @@ class DiT(nnx.Module):
         self.blocks = jax.vmap(make_block)(rngs.split(depth))
         out_size = patch_values * (2 if learn_sigma else 1)
         self.final = FinalLayer(hidden_size, out_size, self.adaptive, rngs=rngs)
+        if augment_size:  # without a bias, so that zeros add nothing
+            options = dict(use_bias=False, kernel_init=zero_init, precision="highest", rngs=rngs)
+            self.augment_embed = nnx.Linear(augment_size, hidden_size, **options)
 
     @property
     def adaptive(self) -> bool:
@@ -376,37 +412,59 @@ class DiT(nnx.Module):
             return table[y]
         return multiply("bk,kd->bd", y, table, jnp.float32, jnp.float32)
 
-    def condition(self, t: jax.Array, y: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def condition(
+        self,
+        t: jax.Array,
+        y: jax.Array,
+        mask: jax.Array | None = None,
+        augment: jax.Array | None = None,
+    ) -> jax.Array:
         """The condition c of the blocks.
 
         The sum of the embeddings in the adaptive designs, `[B, 1, D]`, or `[B, T, D]` with a mask.
         In the others the sequence of the two, `[B, 2, D]`.
         """
         t = self.timestep_embed(t)[:, None]  # [B or 1, 1, D]
+        if augment is not None:
+            t = t + self.augment_embed(augment)[:, None]  # [B, 1, D]
         y = self.embed_label(y)[:, None]  # [B, 1, D]
         if not self.adaptive:
             return jnp.concatenate([jnp.broadcast_to(t, y.shape), y], axis=1)
         return t + y if mask is None else t + y + self.mask_embed(mask)
 
     def __call__(
-        self, x: jax.Array, t: jax.Array, y: jax.Array, mask: jax.Array | None = None
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        y: jax.Array,
+        mask: jax.Array | None = None,
+        augment: jax.Array | None = None,
+        dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
         positions = position_embedding(self.input_size // self.patch_size, self.hidden_size)
         x = self.patch_embed(patchify(x, self.patch_size))  # [B, T, D]
         x = x + positions
-        c = self.condition(t, y, mask)  # [B, 1, D], [B, T, D] or [B, 2, D]
+        c = self.condition(t, y, mask, augment)  # [B, 1, D], [B, T, D] or [B, 2, D]
         num_patches = x.shape[1]
         if isinstance(self.blocks, InContextBlock):
             x = jnp.concatenate([x, c], axis=1)  # [B, T + 2, D]
 
-        def apply_block(x: jax.Array, block: nnx.Module) -> tuple[jax.Array, None]:
-            return block(x, c), None
+        layer_keys = None
+        if self.dropout and dropout_keys is not None:
+            split = partial(jax.random.split, num=self.depth)
+            layer_keys = jax.vmap(split, out_axes=1)(dropout_keys)  # [L, B]
+
+        def apply_block(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
+            block, keys = layer
+            if keys is None:
+                return block(x, c), None
+            return block(x, c, dropout(self.dropout, keys)), None
 
         # A CPU takes blocks faster one by one; but out of a loop the compiler would undo remat.
         unroll = self.remat == "none" and self.depth <= SHALLOW and is_one_cpu()
         if self.remat != "none":
             apply_block = jax.checkpoint(apply_block, policy=REMAT[self.remat], prevent_cse=False)
-        x, _ = jax.lax.scan(apply_block, x, self.blocks, unroll=unroll)
+        x, _ = jax.lax.scan(apply_block, x, (self.blocks, layer_keys), unroll=unroll)
         x = self.final(x[:, :num_patches], c)  # [B, T, p p 2C] or [B, T, p p C]
         return unpatchify(x, self.patch_size)
 
@@ -435,6 +493,7 @@ def multiply_adds(model: DiT) -> int:
     conditions = patches if model.mask_classes else 1  # vectors c of an image
 
     embeddings = patches * patch_values * D + TIMESTEP_FEATURES * D + D * D
+    embeddings += model.augment_size * D
     if model.mask_classes:
         pixel = 9 * model.mask_classes * MASK_FEATURES + MASK_FEATURES * D
         embeddings += patches * p**2 * pixel

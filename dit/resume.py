@@ -75,10 +75,12 @@ def step_to_resume(config: Config, dataset: Dataset) -> tuple[int, list[str]]:
     examples, stored = len(dataset.records), stored_dataset(workdir, step)["num_examples"]
     expected = "a run's folder or new: it holds converted weights, from which no run goes on"
     require(stored is not None, "train.workdir", str(workdir), expected)
+    before = stored_config(workdir, step)
+    has_as_many = len(config.optim.averages) == len(before.optim.averages)
     refused = [
         f"{name}: {ours!r}, where {theirs!r} is stored"
-        for name, (theirs, ours) in differences(config, stored_config(workdir, step)).items()
-        if name not in STEERING
+        for name, (theirs, ours) in differences(config, before).items()
+        if name not in STEERING or (name == "optim.ema_decay" and not has_as_many)
     ]
     if stored != examples:
         refused.append(f"data: {examples} images, where the run was trained on {stored}")
@@ -225,4 +227,5 @@ def with_weights(state: State, weights: dict[str, jax.Array]) -> State:
     model = jax.tree.unflatten(jax.tree.structure(state.model), leaves.values())
     placement = jax.tree.map(lambda leaf: leaf.sharding, model)
     copy = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=placement)
-    return dataclasses.replace(state, model=model, ema=copy(model))  # each step donates both
+    emas = tuple(copy(model) for _ in state.emas)  # each step donates all of them
+    return dataclasses.replace(state, model=model, emas=emas)

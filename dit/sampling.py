@@ -14,6 +14,7 @@ on the way.
     Heun: x_s = x_t + (s - t) (v(x_t, t) + v(z, s)) / 2, where z is Euler's x_s
     guidance (Ho & Salimans, 2207.12598): eps = eps(null) + scale (eps(y) - eps(null)),
         within an interval of the noise level (Kynkaanniemi et al., 2404.07724)
+    autoguidance (Karras et al., 2406.02507): a worse model's eps(y) in place of eps(null)
 """
 
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from dit.flow import Flow
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 Correction = Callable[[jax.Array], jax.Array] | None  # of each prediction of x_0
 
+SAMPLE_TAG = 2  # folded into the seed's key; `state.run_keys` splits it, which folds in 0 and 1
 FRAMES = 9  # of a Trajectory, unless it is asked for more or fewer
 
 
@@ -54,8 +56,11 @@ def guided(
     scale: jax.Array | float | None = None,
     cfg_channels: int | None = None,
     interval: tuple[float, float] | None = None,
+    guide: Callable | None = None,
 ) -> Denoise:
     """The denoising function of a model and a condition, guided away from the null condition.
+
+    guide: a worse model, away from which, under the same condition, it is guided instead.
 
     scale: None is the conditional model, at half the cost.
     cfg_channels: guide only the first channels (3 is the published DiT's behaviour); None is all.
@@ -70,9 +75,15 @@ def guided(
         return conditional
     pairs = jax.tree.map(paired, condition, null)
 
-    def both(x: jax.Array, t: jax.Array) -> jax.Array:
+    def outputs(x: jax.Array, t: jax.Array) -> list[jax.Array]:
+        """Of the condition, and of what the guidance leads away from."""
+        if guide is not None:
+            return [model(x, t, **condition), guide(x, t, **condition)]
         output = model(paired(x, x), t, **pairs)
-        of_condition, of_null = jnp.unstack(output.reshape(len(x), 2, *output.shape[1:]), axis=1)
+        return jnp.unstack(output.reshape(len(x), 2, *output.shape[1:]), axis=1)
+
+    def both(x: jax.Array, t: jax.Array) -> jax.Array:
+        of_condition, of_null = outputs(x, t)
         channels = x.shape[-1] if cfg_channels is None else cfg_channels
         difference = (of_condition - of_null)[..., :channels]
         eps = of_null[..., :channels] + scale * difference
@@ -94,8 +105,9 @@ def clip_pixels(x0: jax.Array) -> jax.Array:
 
 
 def sample_keys(seed: int, indices: jax.Array) -> jax.Array:
-    """One key a sample, a function of (seed, index) alone: `[B]`."""
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(indices)
+    """One key a sample, a function of (seed, index) alone: `[B]`. Training's keys are others."""
+    key = jax.random.fold_in(jax.random.key(seed), SAMPLE_TAG)
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
 
 
 def sample_noise(keys: jax.Array, t: jax.Array, shape: tuple[int, ...]) -> jax.Array:

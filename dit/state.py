@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from dit.config import Config, Optim, require
+from dit.config import AUGMENT_SIZE, Config, Optim, require
 from dit.ddpm import DDPM
 from dit.flow import Flow
 from dit.model import DiT
@@ -21,8 +21,13 @@ from dit.sharding import shardings
 class State:
     step: jax.Array  # int32, optimizer steps taken
     model: DiT
-    ema: DiT  # exponential moving average of the model
+    emas: tuple[DiT, ...]  # exponential moving averages of the model, one a decay
     opt_state: optax.OptState
+
+    @property
+    def ema(self) -> DiT:
+        """The average that is drawn and judged."""
+        return self.emas[0]
 
 
 def run_keys(config: Config) -> tuple[jax.Array, jax.Array]:
@@ -49,6 +54,8 @@ def make_model(config: Config, key: jax.Array) -> DiT:
         learn_sigma=config.objective.learns_variance,
         conditioning=model.conditioning,
         mask_classes=config.data.mask_classes,
+        augment_size=AUGMENT_SIZE if config.data.augment else 0,
+        dropout=model.dropout,
         dtype=jnp.dtype(config.train.dtype),
         remat=model.remat,
         rngs=nnx.Rngs(params=key),
@@ -107,8 +114,8 @@ def make_init(config: Config) -> Callable[[], State]:
     def init() -> State:
         init_key, _ = run_keys(config)
         model = make_model(config, init_key)
-        ema = jax.tree.map(jnp.copy, model)
-        return State(jnp.int32(0), model, ema, optimizer.init(model))
+        emas = tuple(jax.tree.map(jnp.copy, model) for _ in config.optim.averages)
+        return State(jnp.int32(0), model, emas, optimizer.init(model))
 
     return init
 

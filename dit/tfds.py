@@ -5,7 +5,6 @@ its place, so what stands at an index never changes.
 """
 
 import contextlib
-import difflib
 import inspect
 import io
 import logging
@@ -21,7 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dit.config import Data, InputError, one_line, require
+from dit.config import Data, InputError, nearest, one_line, require
 from dit.images import centre_crop
 
 MAX_DAMAGED = 0.01  # of the records; with more the data set is refused
@@ -176,10 +175,8 @@ def tfds_builder(name: str) -> Any:
         if name in names:
             raise faulty_builder(name, error) from error
         expected = "`digits` or a TFDS data set, or a folder of pictures that exists"
-        if "/" not in name:
-            near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0)[0]
-            expected += f"; the nearest is {near!r}"
-        raise InputError(f"data.name: {name!r} should be {expected}") from error
+        hint = "" if "/" in name else nearest(name, names)
+        raise InputError(f"data.name: {name!r} should be {expected}{hint}") from error
     features = dict(builder.info.features)
     kinds = [type(features.get(key)) for key in record_keys(builder)]
     expected = "a TFDS data set of images with one class label"

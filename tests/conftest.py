@@ -147,9 +147,10 @@ def largest_difference(a, b) -> float:
 
 
 def run_train(*argv):
-    """What `python train.py *argv` does."""
+    """What `python train.py *argv` does. Returns the last state of a run."""
     with cli.exit_status("train.py"):
-        return train.train(cli.parse_config([str(a) for a in argv], "train.py", train.__doc__))
+        command = train.parse([str(a) for a in argv])
+        return (train.dry_run if command.dry_run else train.train)(command.config)
 
 
 def run_sample(*argv):
@@ -200,7 +201,7 @@ def awake_state(config: Config) -> State:
     awake = dataclasses.replace(
         state,
         model=awaken(state.model),
-        ema=awaken(state.model, seed=9),
+        emas=tuple(awaken(state.model, seed=9 + i) for i in range(len(state.emas))),
         opt_state=jax.tree.map(lambda leaf: leaf + 3, state.opt_state),
     )
     return jax.device_put(awake, placements)

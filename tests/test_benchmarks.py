@@ -4,6 +4,8 @@ import json
 import sys
 from functools import partial
 
+import conftest
+import health
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ import table
 import train_step
 from conftest import awaken, tiny_config
 
-from dit import cli, sampling, sharding
+from dit import checkpoint, cli, log, sampling, sharding
 from dit.config import replace
 from dit.imagenet.diffusers import write_diffusers
 from dit.model import count_parameters
@@ -259,3 +261,27 @@ def test_the_curves_of_a_step():
     assert 0 < temporaries["peer_figure"] < 1
     assert temporaries["figure"] == pytest.approx(temporaries["peer_figure"], abs=0.3)
     assert "at batch 16, 32" in temporaries["case"]
+
+
+# health.py
+
+
+def test_the_band_is_around_the_losses_that_runs_of_any_seed_have(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(health, "BANDS", tmp_path / "bands.json")
+    monkeypatch.setattr(log, "CONFIGS", tmp_path)
+    run(health, "health.py", *conftest.TINY, "--seeds", "2", "--steps", "3")
+    assert "\n| 3 | " in capsys.readouterr().out
+    conftest.run_train(*conftest.TINY, "--train.seed", "1", "--train.steps", "3", "--name", "other")
+    files = ["health/digits-1/metrics.jsonl", "other/metrics.jsonl"]
+    ours, theirs = (list(log.read_metrics(tmp_path / "runs" / name)) for name in files)
+    names = ["step", *health.COLUMNS]
+    for (_, row), (_, other) in zip(ours, theirs, strict=True):
+        assert [row.get(name) for name in names] == [other.get(name) for name in names]
+
+    config = checkpoint.stored_config(tmp_path / "runs/other", 3)
+    assert log.known_band(replace(config, data=dict(flip=True))) is None
+    steps, low, high = log.known_band(config).T
+    assert steps.tolist() == [1, 2, 3]
+    for loss, least, most in zip([row["loss"] for _, row in ours], low, high, strict=True):
+        assert least < loss < most < 3 * least

@@ -11,6 +11,7 @@ from conftest import (
     STEPS,
     TINY,
     at_step,
+    awake_state,
     awaken,
     digits,
     files,
@@ -47,6 +48,26 @@ def test_a_state_comes_back_bit_for_bit_where_it_was(saved):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
         assert a.dtype == b.dtype
         assert b.sharding.is_equivalent_to(a.sharding, a.ndim)
+
+
+def test_several_averages_come_back_each_as_an_item_of_its_own(tmp_path):
+    config = run_config(tmp_path)
+    config = replace(config, optim=dict(ema_decay=(0.9, 0.99, 0.5)))
+    state = awake_state(config)
+    save_steps(config, state, [10])
+    items = {path.name for path in folder(tmp_path, 10).iterdir() if path.is_dir()}
+    assert items >= {"ema", "ema_0.99", "ema_0.5"}
+    assert largest_difference(state.emas[0], state.emas[2]) > 1e-3
+    others = replace(config, optim=dict(ema_decay=(0.8, 0.7, 0.6)))  # a run may change them
+    for wanted in (config, others):
+        restored = resume.restore(wanted, make_mesh(config), 10)
+        assert largest_difference(restored.emas, state.emas) == 0
+    for ema, average in [(True, 0), (0.9, 0), (0.99, 1), (0.5, 2)]:
+        loaded, _ = checkpoint.load(tmp_path, ema)
+        expected = jax.device_put(state.emas[average], jax.devices()[0])
+        assert largest_difference(loaded, expected) == 0
+    with pytest.raises(InputError, match="^ema: 0.1 should be one of the run's decays: 0.9, 0.99"):
+        checkpoint.load(tmp_path, 0.1)
 
 
 def test_a_state_can_be_restored_to_other_devices(saved):

@@ -1,3 +1,4 @@
+import ast
 import dataclasses
 import os
 import re
@@ -21,7 +22,9 @@ from dit.config import (
     Probability,
     Stopped,
     Unsaved,
+    nearest,
 )
+from dit.signals import SIGNALS, StopRequest
 from dit.state import make_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -226,8 +229,8 @@ def test_a_config_file_is_run_once_and_again_when_it_has_changed(refused, tmp_pa
 
 def test_a_config_file_imports_what_lies_beside_it_and_it_hides_no_package(tmp_path):
     (tmp_path / "lies_beside.py").write_text("NAME = 'beside'")
-    (tmp_path / "colorsys.py").write_text("raise ImportError('hidden')")
-    text = "import colorsys\nfrom lies_beside import NAME\nfrom dit.config import Config\n"
+    (tmp_path / "tabnanny.py").write_text("raise ImportError('hidden')")
+    text = "import tabnanny\nfrom lies_beside import NAME\nfrom dit.config import Config\n"
     (tmp_path / "mine.py").write_text(text + "config = Config(name=NAME)")
     assert cli.load_preset(str(tmp_path / "mine.py")).name == "beside"
 
@@ -241,7 +244,7 @@ def test_a_config_file_imports_what_lies_beside_it_and_it_hides_no_package(tmp_p
         (
             ["cifar100"],
             "preset: 'cifar100' is neither a preset nor a Python file; "
-            "the nearest preset is 'cifar10'",
+            "the nearest is 'cifar10'; presets are cifar10, cifar10_flow, ",
         ),
         (
             ["digits", "--model.hiden-size", "3"],
@@ -283,10 +286,76 @@ def parse(text: str) -> Options:
 def test_options_come_from_a_dataclass_and_keep_to_its_ranges():
     assert parse("") == Options()
     assert parse("--size 4 --share-kept 0.5 --kind b --no-draws") == Options(4, 0.5, "b", False)
+    for text in ("--draws False", "--draws=False", "--no-draws", "--draws --draws False"):
+        assert not parse(text).draws
+    assert parse("--draws True --size 5") == parse("--draws --size 5") == Options(5)
     with pytest.raises(InputError, match="^--size: 0 should be more than 0$"):
         parse("--size 0")
     with pytest.raises(InputError, match="^--share-kept: 1.5 should be a probability, from 0 to"):
         parse("--share-kept 1.5")
+
+
+@pytest.mark.parametrize("flip", ["--data.flip", "--data.flip True", "--data.flip=True"])
+def test_booleans_of_a_preset_are_spelled_as_those_of_any_command(flip):
+    config = cli.parse_config(f"digits {flip} --name True".split(), "train.py", "")
+    assert config.data.flip
+    assert config.name == "True", "which is no boolean"
+    line = f"digits {flip} --data.no-flip"
+    assert not cli.parse_config(line.split(), "train.py", "").data.flip
+
+
+@pytest.mark.parametrize(
+    "text, joins",
+    [
+        ("--mesh.distributed", True),
+        ("--mesh.distributed True", True),
+        ("--distributed --classes 3", True),
+        ("--mesh.distributed=False", False),
+        ("--mesh.no-distributed", False),
+        ("--no-distributed", False),
+        ("", False),
+    ],
+)
+def test_a_command_line_says_whether_hosts_are_joined(text, joins):
+    assert cli.joins_hosts(["digits", *text.split()]) == joins
+
+
+@pytest.mark.parametrize(
+    "word, names, hint",
+    [
+        ("digist", ["cifar10", "digits"], "; the nearest is 'digits'"),
+        ("CIFAR_10", ["cifar10", "digits"], "; the nearest is 'cifar10'"),
+        ("three", list("0123456789"), ""),
+        ("my_images/", ["open_images_v4", "digits"], ""),
+    ],
+)
+def test_only_a_name_that_is_near_is_suggested(word, names, hint):
+    assert nearest(word, names) == hint
+
+
+OPTIONS = """Command Config Model Objective Data Optim Mesh Train Eval Sample Plan Fid MakeLatents
+    Convert Options""".split()
+PARTS = "of or and by in for to with such than that which at from on none timed drawn".split()
+
+
+def test_a_help_text_is_understood_without_its_neighbours():
+    """It is there, and does not begin in the middle of a sentence."""
+    seen = set()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("dit/**/*.py"), *ROOT.glob("benchmarks/*.py")]:
+        lines = path.read_text().splitlines()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ClassDef) or node.name not in OPTIONS:
+                continue
+            seen.add(node.name)
+            fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+            texts = {field.target.id: lines[field.end_lineno - 1] for field in fields}
+            for name, line in texts.items():
+                if "default_factory" in line or 'name=""' in line:  # a section
+                    continue
+                comment = line.partition("  # ")[2]
+                first = comment.split()[0] if comment else "of"
+                assert first.lower().strip("`,;:") not in PARTS, f"{path.name} {name}: {comment}"
+    assert seen == set(OPTIONS)
 
 
 def test_a_presets_own_fields_and_other_options_stand_side_by_side():
@@ -383,12 +452,12 @@ print(faults)
 # Signals
 
 
-@pytest.mark.parametrize("number", cli.SIGNALS)
+@pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_is_noted_and_the_second_kills(number):
     program = f"""
 import signal
-from dit import cli
-with cli.StopRequest() as stop:
+from dit.signals import StopRequest
+with StopRequest() as stop:
     print(stop.requested)
     signal.raise_signal({number})
     print(stop.requested, flush=True)
@@ -400,11 +469,37 @@ with cli.StopRequest() as stop:
     assert (done.stdout, done.stderr) == ("False\nTrue\n", "")
 
 
+BUSY = """
+import hashlib
+from dit.signals import StopRequest
+stop = StopRequest().end_at_once("x.py")
+{}
+print("ready", flush=True)
+hashlib.pbkdf2_hmac("sha256", b"", b"", 10**{})  # Python runs no handler meanwhile, as XLA compiles
+print(stop.requested)
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(
+    "before, power, out", [("", 9, ""), ("stop.__enter__()", 6, "True\n")], ids=["start", "run"]
+)
+def test_before_a_run_a_signal_ends_it_at_once_and_in_it_is_noted(number, before, power, out):
+    command = [sys.executable, "-c", BUSY.format(before, power)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    answer = process.communicate(timeout=60)
+    assert answer == (out, "" if before else "x.py: interrupted\n")
+    assert process.returncode == (0 if before else 128 + number)
+
+
 def test_a_signal_that_is_ignored_stays_so():
     """As nohup has it with SIGHUP."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with cli.StopRequest() as stop:
+        with StopRequest() as stop:
             signal.raise_signal(signal.SIGHUP)
             assert not stop.requested
     finally:
@@ -412,9 +507,9 @@ def test_a_signal_that_is_ignored_stays_so():
 
 
 def test_after_a_run_that_was_not_stopped_signals_act_as_ever():
-    handlers = [signal.getsignal(n) for n in cli.SIGNALS]
-    with pytest.raises(KeyError), cli.StopRequest() as stop:
-        assert [signal.getsignal(n) for n in cli.SIGNALS] != handlers
+    handlers = [signal.getsignal(n) for n in SIGNALS]
+    with pytest.raises(KeyError), StopRequest() as stop:
+        assert [signal.getsignal(n) for n in SIGNALS] != handlers
         raise KeyError
-    assert [signal.getsignal(n) for n in cli.SIGNALS] == handlers
+    assert [signal.getsignal(n) for n in SIGNALS] == handlers
     assert not stop.requested

@@ -51,6 +51,31 @@ def test_json_of_before_a_field_was_added_gives_its_default():
     assert dit_config.from_json({}) == Config()
 
 
+def test_several_decays_survive_json_and_stay_hashable():
+    several = tiny_config(optim=dict(ema_decay=[0.99, 0.5])).validate()  # a file may hold a list
+    assert dit_config.from_json(json.loads(several.to_json())) == several
+    assert hash(several) == hash(tiny_config(optim=dict(ema_decay=(0.99, 0.5))))
+    assert several.optim.averages == {"ema": 0.99, "ema_0.5": 0.5}
+    assert tiny_config().optim.averages == {"ema": 0.99}
+
+
+@pytest.mark.parametrize(
+    "decays, words",
+    [
+        ((), "() should be one or more"),
+        ((0.9, 1.0), "1.0 should be from 0 to below 1"),
+        ((0.9, "x"), "'x' should be of type float"),
+        ((0.9, None), "None should be of type float"),
+        (None, "None should be of type float"),
+        ((0.9, 0.99, 0.9), "(0.9, 0.99, 0.9) should be decays that differ"),
+    ],
+)
+def test_decays_that_cannot_be_are_refused(decays, words):
+    with pytest.raises(InputError) as refusal:
+        tiny_config(optim=dict(ema_decay=decays)).validate()
+    assert str(refusal.value) == f"optim.ema_decay: {words}"
+
+
 @pytest.mark.parametrize(
     "values, words",
     [
@@ -323,6 +348,18 @@ LATENTS = dict(latents="x", image_size=48)
         ),
         (dict(data=dict(vae="x")), "data.vae: 'x' should be given with data.latents"),
         (
+            dict(eval=dict(split="train[90%:]")),
+            "eval.split: 'train[90%:]' should be of other images than data.split = 'train'",
+        ),
+        (
+            dict(eval=dict(split="train[:9]"), data=dict(split="train[:9]")),
+            "eval.split: 'train[:9]' should be of other images than data.split = 'train[:9]'",
+        ),
+        (
+            dict(data=LATENTS | dict(augment=0.1)),
+            "data.augment: 0.1 should be 0 with data.latents, which cannot be turned",
+        ),
+        (
             dict(eval=dict(every=3)),
             "eval.inception: None should be pytorch-fid's weights, with eval.every",
         ),
@@ -350,6 +387,7 @@ def test_what_is_refused_in_one_place_may_stand_in_another():
         tiny_config(objective=dict(schedule="cosine", num_steps=3)),
         tiny_config(objective=FLOW, train=dict(sampler="euler", sample_steps=2000)),
         tiny_config(eval=evaluated, data=LATENTS | dict(vae="x")),
+        tiny_config(eval=dict(split="train[90%:]"), data=dict(split="train[:90%]")),
         replace(tiny_config(), mesh=dataclasses.asdict(Mesh(data=2, fsdp=4))),
     ):
         assert config.validate() is config

@@ -497,6 +497,32 @@ def test_an_mlp_of_another_width_is_official_but_none_of_diffusers(refused, ours
     assert_same_model(tmp_path / "narrow", tmp_path / "again")
 
 
+def test_the_label_of_augmentation_is_left_out_which_sampling_never_gives(tmp_path):
+    model = awaken(tiny_model(**SIZES, augment_size=5))
+    save_file({k: np.asarray(v) for k, v in to_official(model).items()}, tmp_path / "x.safetensors")
+    convert_command(tmp_path / "x.safetensors", tmp_path / "ours", *HEADS)
+    loaded, _ = checkpoint.load(tmp_path / "ours")
+    np.testing.assert_array_equal(loaded(*inputs(model)), model(*inputs(model)))
+
+
+def test_of_several_averages_one_is_converted(ours, model, tmp_path):
+    config = replace(checkpoint.load(ours)[1], optim=dict(ema_decay=(0.9, 0.8)))
+    other = awaken(model, seed=3)
+    for name, weights in [("run", model), ("other", other)]:
+        checkpoint.save_weights(tmp_path / name, weights, config, convert.class_names(11))
+    folder = tmp_path / "run/checkpoints/0"
+    shutil.copytree(tmp_path / "other/checkpoints/0/ema", folder / "ema_0.8")
+    (folder / "checksums.json").write_text(json.dumps(checkpoint.checksums(folder)))
+    for flags, expected in [
+        ([], model),
+        (["--ema-decay", 0.9], model),
+        (["--ema-decay", 0.8], other),
+    ]:
+        out = tmp_path / f"{len(flags)}-{expected is other}.safetensors"
+        convert_command(tmp_path / "run", out, "--to", "official", *flags)
+        assert_same(load_file(out), {k: np.asarray(v) for k, v in to_official(expected).items()})
+
+
 def test_converted_weights_are_no_run(refused, ours):
     with pytest.raises(InputError, match="ema: False should be True: converted weights are one"):
         checkpoint.load(ours, ema=False)

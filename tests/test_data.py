@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from conftest import TINY, Pictures, run_train, tiny_config
 
 from dit import checkpoint, data, log
-from dit.config import Data, InputError
+from dit.config import AUGMENT_SIZE, Data, InputError
 from dit.images import to_uint8
 from dit.tfds import Decoded
 
@@ -45,6 +46,33 @@ def test_digits_are_the_1797_real_ones():
     assert labels.dtype == np.int32
     assert np.bincount(labels).min() > 170
     assert digits.class_names == tuple("0123456789")
+
+
+def test_slices_of_digits_are_shuffled_and_add_up_to_all_of_them():
+    whole = data.open_dataset(Data(mask_classes=2)).records
+    parts = [
+        data.open_dataset(Data(split=split, mask_classes=2)).records
+        for split in ("train[:50%]", "train[898:1700]", "train[1700:]")
+    ]
+    assert [len(part) for part in parts] == [898, 802, 97]
+    rows = np.concatenate([data.split_rows(s, 1797) for s in ("train[:31%]", "train[31%:]")])
+    assert sorted(rows) == list(range(1797))
+    for name in ("images", "labels", "masks"):
+        joined = np.concatenate([getattr(part, name) for part in parts])
+        np.testing.assert_array_equal(joined, getattr(whole, name)[rows])
+    assert np.bincount(parts[2].labels).min() > 0, "all classes"
+    assert 700 < np.median(rows[:898]) < 1100, "from all over the whole"
+    joined = data.open_dataset(Data(split="train[:50%]+train[1700:]")).records
+    np.testing.assert_array_equal(joined.labels, np.concatenate([parts[0].labels, parts[2].labels]))
+
+
+@pytest.mark.parametrize(
+    "split", ["test", "trian[:50%]", "train[50%", "train[1797:]", "train[:0%]"]
+)
+def test_what_is_no_slice_of_digits_is_refused(split):
+    words = "should be train, or a slice of it that is not empty"
+    with pytest.raises(InputError, match=re.escape(f"data.split: {split!r} {words}")):
+        data.open_dataset(Data(split=split))
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
@@ -161,6 +189,75 @@ def test_masks_are_mirrored_with_their_images():
     mirrored = (mask != batch["mask"]).any(axis=(1, 2))
     assert 0 < mirrored.sum() < 16
     np.testing.assert_array_equal(mask[mirrored], batch["mask"][mirrored][..., ::-1])
+
+
+# Augmentation
+
+
+SIDE = 8  # whose largest shift is 1
+MOTIONS = [
+    (mirrored, turns, down, right)
+    for mirrored in (0, 1)
+    for turns in range(4)
+    for down in (-1, 0, 1)
+    for right in (-1, 0, 1)
+]
+
+
+def as_motion(rows) -> data.Motion:
+    return data.Motion(*jnp.array(rows).T)
+
+
+def test_images_are_mirrored_turned_and_shifted():
+    image = np.random.default_rng(0).normal(size=(SIDE, SIDE, 3)).astype(np.float32)
+    moved = jax.vmap(data.move, (None, 0))(image, as_motion(MOTIONS))
+    for (mirrored, turns, down, right), found in zip(MOTIONS, moved, strict=True):
+        expected = np.rot90(image[:, ::-1] if mirrored else image, turns)
+        padded = np.pad(expected, [(1, 1), (1, 1), (0, 0)], mode="reflect")
+        expected = padded[1 - down : 1 - down + SIDE, 1 - right : 1 - right + SIDE]
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_label_tells_every_motion_from_every_other_and_is_zero_of_none():
+    labels = np.asarray(data.motion_label(as_motion(MOTIONS), SIDE))
+    assert labels.shape == (len(MOTIONS), AUGMENT_SIZE)
+    assert len(np.unique(labels, axis=0)) == len(MOTIONS)
+    assert not labels[MOTIONS.index((0, 0, 0, 0))].any()
+    wide = data.motion_label(as_motion([(1, 2, 4, -4)]), 32)
+    np.testing.assert_array_equal(wide, [[1, -2, 0, 1, -1]])
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
+def test_each_kind_of_motion_comes_with_its_probability(probability):
+    mirrored, turns, down, right = data.draw_motion(jax.random.key(0), 3000, 32, probability)
+    shares = [(mirrored == 1).mean(), (turns > 0).mean(), ((down != 0) | (right != 0)).mean()]
+    assert shares == pytest.approx([probability] * 3, abs=0.04)
+    both = (mirrored == 1) & (turns > 0)
+    assert both.mean() == pytest.approx(probability**2, abs=0.04)
+    assert {int(n) for n in turns} <= {0, 1, 2, 3}
+    if probability == 1:
+        assert len(np.unique(turns)) == 3
+        assert (int(down.min()), int(down.max())) == (-4, 4)
+        assert (int(right.min()), int(right.max())) == (-4, 4)
+
+
+def test_masks_are_moved_with_their_images_and_the_network_is_told():
+    digits = data.open_dataset(Data(mask_classes=2))
+    batch = take(digits, 1, batch_size=16, seed=0)[0]
+    batch["mask"] = batch["image"][..., 0]  # a mask that says how its image lies
+    for augment in (0.0, 0.5):
+        config = Data(mask_classes=2, augment=augment)
+        x, condition = data.augment(batch, jax.random.key(0), config)
+        np.testing.assert_array_equal(to_uint8(x)[..., 0], condition["mask"])
+        moved = (condition["mask"] != batch["mask"]).any(axis=(1, 2))
+        assert ("augment" in condition) == (augment > 0)
+    assert 0 < moved.sum() < 16
+    np.testing.assert_array_equal(moved, condition["augment"].any(axis=1))
+    null = data.null_condition(condition, config)
+    assert not null["augment"].any()
+    dropping = tiny_config(data=dict(mask_classes=2), objective=dict(label_dropout=1.0))
+    dropped = data.drop_condition(condition, jax.random.key(0), dropping)
+    np.testing.assert_array_equal(dropped["augment"], condition["augment"])
 
 
 def test_masks_of_digits_that_are_not_what_the_config_says_are_refused():

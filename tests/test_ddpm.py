@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import awaken, tiny_model
 
-from dit.ddpm import DDPM, discretized_gaussian_log_likelihood
+from dit.ddpm import DDPM, discretized_gaussian_log_likelihood, losses_by_quarter
 
 SCHEDULES = ["linear", "cosine"]
 VARIANCES = ["learned_range", "fixed_small", "fixed_large"]
@@ -232,10 +232,26 @@ def test_the_loss_is_the_sum_of_its_parts_and_one_key_a_sample_equals_one_key():
     loss_of = jax.jit(d.loss)
     loss, parts = loss_of(model, key, x, {"y": y})
     assert float(loss) == pytest.approx(float(parts["mse"] + parts["vb"]), rel=1e-6)
+    quarters = sum(float(parts[f"loss_quarter_{k}"]) for k in (1, 2, 3, 4))
+    assert float(loss) == pytest.approx(quarters, rel=1e-6)
     keys = jax.random.split(key, 6)
     first, _ = loss_of(model, keys[:3], x[:3], {"y": y[:3]})
     second, _ = loss_of(model, keys[3:], x[3:], {"y": y[3:]})
     assert float(loss) == pytest.approx(float(first + second) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("last", [0.74, 1.0])  # nothing of the last quarter, or its very end
+def test_the_quarters_of_t_have_the_means_of_their_own_losses(last):
+    losses = np.random.default_rng(0).uniform(1, 2, 100).astype(np.float32)
+    t = np.concatenate([np.linspace(0, 0.7, 97), [0.25, 0.5, last]]).astype(np.float32)
+    halves = [losses_by_quarter(losses[i::2], t[i::2]) for i in (0, 1)]  # as on two devices
+    found = jax.tree.map(lambda a, b: float(a + b) / 2, *halves)
+    for k, (low, high) in enumerate([(0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.1)]):
+        is_in = (t >= low) & (t < high)
+        share = found[f"loss_quarter_{k + 1}_share"]
+        assert share == pytest.approx(is_in.mean(), abs=1e-6)
+        part = found[f"loss_quarter_{k + 1}"]
+        assert part == pytest.approx(losses[is_in].sum() / 100, rel=1e-5)
 
 
 def test_min_snr_weighs_the_error_by_the_capped_ratio():

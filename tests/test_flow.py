@@ -124,7 +124,6 @@ def test_the_network_is_given_the_path_a_thousandfold_time_and_the_condition(pre
         return 0.5 * x - t.reshape(-1, 1, 1, 1) / 1000
 
     loss, parts = flow.loss(network, key, x0, condition)
-    assert parts == {}
     t, noise = times_and_noise(key, x0, flow.draw_time)
     time = np.asarray(t, np.float64).reshape(-1, 1, 1, 1)
     xt = (1 - time) * np.asarray(x0, np.float64) + time * np.asarray(noise, np.float64)
@@ -134,6 +133,9 @@ def test_the_network_is_given_the_path_a_thousandfold_time_and_the_condition(pre
         np.testing.assert_array_equal(seen[name], value)
     losses = numpy_losses(prediction, 0.5 * xt - time, x0, t, noise)
     assert float(loss) == pytest.approx(losses.mean(), rel=1e-5)
+    last = np.asarray(t) >= 0.75
+    assert float(parts["loss_quarter_4"]) == pytest.approx(losses[last].sum() / 31, rel=1e-5)
+    assert float(parts["loss_quarter_4_share"]) == pytest.approx(last.mean(), rel=1e-5)
 
 
 def test_one_key_a_sample_equals_one_key():

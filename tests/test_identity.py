@@ -102,13 +102,14 @@ def test_an_output_that_does_not_start_at_zero_is_caught():
     [
         ("digits", "adaln_zero", 0, "every one of the 2 blocks is the identity"),
         ("digits_layout", "adaln_zero", 0, "every one of the 2 blocks is the identity"),
+        ("digits --data.augment 0.5", "adaln_zero", 0, "every one of the 2 blocks is the identity"),
         ("digits", "adaln", 1, "NOT the identity: block 0 moves by"),
     ],
 )
 def test_the_command_answers_by_its_exit_status(
     preset, design, status, conclusion, capsys, monkeypatch
 ):
-    argv = ["identity.py", preset, *TINY, "--model.conditioning", design]
+    argv = ["identity.py", *preset.split(), *TINY, "--model.conditioning", design]
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(identity.__file__, run_name="__main__")

@@ -16,7 +16,7 @@ ROWS = [
     "dit.imagenet.official",
     "dit.imagenet.vae dit.imagenet.inception",
     "dit.imagenet.tensors",
-    "dit.identity dit.generation",
+    "dit.identity dit.generation dit.heldout",
     "dit.resume",
     "dit.checkpoint",
     "dit.state",
@@ -36,7 +36,7 @@ ROWS = [
     "dit.files",
     "dit.topology",
     "dit.chips dit.program",
-    "dit.cli",
+    "dit.cli dit.signals",
     "dit.config",
 ]
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row.split()}

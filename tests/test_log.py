@@ -1,9 +1,12 @@
 import io
 import json
 import re
+import struct
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,10 +14,12 @@ import pytest
 from conftest import tiny_config
 from matplotlib.axes import Axes
 from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from dit import log
 from dit.chips import Chip
-from dit.config import Config, Diverged
+from dit.config import Config, Diverged, replace
 
 METRICS = {"loss": 1.0, "mse": 0.75, "vb": 0.25, "grad_norm": 2.0, "learning_rate": 1e-3}
 
@@ -56,7 +61,7 @@ def test_progress_prints_a_line_at_most_every_five_seconds_and_at_the_end(time):
     progress.close()
     assert file.getvalue().splitlines() == [
         "image 1/10  0.5 images/s",
-        "image 5/10  0.6 images/s",
+        "image 5/10  0.6 images/s  00:08 left",
         "image 10/10  1.1 images/s",
     ]
 
@@ -67,6 +72,7 @@ def test_progress_that_goes_on_does_not_count_what_was_done_before(time, capsys)
     progress.advance(24)
     assert progress.rate == 12
     assert capsys.readouterr() == ("", "image 1024/50000  12.0 images/s\n")
+    assert progress.time_left == "1:08:01"
 
 
 def test_progress_over_items_counts_each():
@@ -186,6 +192,25 @@ def test_a_run_that_goes_on_adds_to_what_it_had_not_written(tmp_path):
     assert len(rows(tmp_path)) == 1
 
 
+def test_the_loss_of_a_quarter_is_the_mean_over_its_own_samples(tmp_path):
+    """Over the steps, also across a resume; a step may have no sample of it."""
+    config = config_in(tmp_path)
+    unwritten = {}
+    for step, loss, share in [(1, 0.0, 0.0), (2, 0.5, 0.25), (3, 0.25, 0.5), (4, 0.0, 0.0)]:
+        quarters = {"loss_quarter_2": loss, "loss_quarter_2_share": share}
+        quarters |= {"loss_quarter_3": 0.0, "loss_quarter_3_share": 0.0}
+        with log.Log(config, step - 1, 1.0, unwritten) as run:  # a run a step
+            run.record(step, METRICS | quarters)
+            with run.paused():
+                unwritten = json.loads(json.dumps(run.unwritten))
+                if step == 4:
+                    run.write(step)
+    (row,) = rows(tmp_path)
+    assert row["loss_quarter_2"] == (0.5 + 0.25) / (0.25 + 0.5)
+    assert not {"loss_quarter_3", "loss_quarter_2_share"} & row.keys()
+    assert row["loss"] == METRICS["loss"]
+
+
 def test_what_is_done_in_a_pause_does_not_slow_the_rates(time, tmp_path):
     with log.Log(config_in(tmp_path), 0, 2e12, {}) as run:
         for step in (1, 2):
@@ -203,6 +228,9 @@ def test_what_is_done_in_a_pause_does_not_slow_the_rates(time, tmp_path):
 def test_the_bar_shows_loss_and_rates(time, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(log, "find_chip", lambda kind: Chip("new", (kind,), 5e12))
+    stats = {"bytes_in_use": 1 << 30, "peak_bytes_in_use": 3 << 29}
+    device = types.SimpleNamespace(memory_stats=lambda: stats)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
     with log.Log(config_in(tmp_path), 0, 1e11, {}) as run:
         run.record(1, METRICS)
         time.now += 0.5
@@ -211,22 +239,28 @@ def test_the_bar_shows_loss_and_rates(time, tmp_path, monkeypatch):
         run.record(2, METRICS | {"loss": 0.25})
         run.fetch()
         bar = run.progress.bar
-        assert bar.postfix == "loss 0.2500  32 images/s  3.2 TFLOP/s  MFU 8.0%"
+        expected = "loss 0.2500  mse 0.7500  32 images/s  3.2 TFLOP/s  MFU 8.0%  1.5 GiB"
+        assert bar.postfix == expected
         assert (bar.n, bar.total) == (2, 9)
+    assert [row["peak_memory_gib"] for row in rows(tmp_path)] == [1.5]
 
 
 def test_without_a_terminal_lines_on_stdout_show_loss_and_rates(time, tmp_path, capsys):
-    with log.Log(config_in(tmp_path), 7, 1e11, {}) as run:
-        run.record(8, METRICS)
-        time.now += 0.5
+    metrics = {name: value for name, value in METRICS.items() if name != "mse"}  # as flow's
+    with log.Log(config_in(tmp_path), 6, 1e11, {}) as run:
+        run.progress.printed = 0.0  # this is not its first line
+        run.record(7, METRICS)
+        time.now += 90
+        run.record(8, metrics)
+        time.now -= 89.5
         with run.paused():
             run.write(8)
-        run.record(9, METRICS | {"loss": 0.25})
+        run.record(9, metrics | {"loss": 0.25})
         run.fetch()
     lines = capsys.readouterr().out.splitlines()
     assert [line.rstrip() for line in lines] == [
-        "step 8/9  loss 1.0000",
-        "step 9/9  loss 0.2500  32 images/s  3.2 TFLOP/s",
+        "step 7/9  loss 1.0000  mse 0.7500  03:00 left",
+        "step 9/9  loss 0.2500  64 images/s  6.4 TFLOP/s",
     ]
 
 
@@ -316,21 +350,109 @@ def test_a_log_leaves_metrics_events_a_grid_and_a_plot(tmp_path):
     assert Image.open(tmp_path / "loss.png").size[0] > 100
 
 
+def event_values(workdir: Path) -> Iterator[tuple[int, Any]]:
+    """(step, value) of what TensorBoard is given; a record has its length before it, and CRCs."""
+    for path in sorted((workdir).glob("events*")):
+        stored = path.read_bytes()
+        while stored:
+            (size,) = struct.unpack("<Q", stored[:8])
+            event = Event.FromString(stored[12 : 12 + size])
+            yield from ((event.step, value) for value in event.summary.value)
+            stored = stored[16 + size :]
+
+
+def test_tensorboard_has_groups_the_config_and_what_runs_are_compared_by(tmp_path):
+    config = replace(config_in(tmp_path), eval=dict(every=1))
+    with log.Log(config, 0, 1.0, {}) as run:
+        run.record(1, METRICS)
+        with run.paused():
+            run.write(1)
+        run.scores(1, {"fid": 8.0})
+    values = [value for _, value in event_values(tmp_path)]
+    scalars = {value.tag: value.simple_value for value in values if value.HasField("simple_value")}
+    speed = {"speed/images_per_second", "speed/tflops_per_second"}
+    assert scalars.keys() == {f"train/{name}" for name in METRICS} | speed | {"eval/fid"}
+    assert (scalars["train/mse"], scalars["eval/fid"]) == (0.75, 8.0)
+
+    plugins = {value.tag: value.metadata.plugin_data for value in values}
+    (text,) = [value for value in values if value.tag == "config/text_summary"]
+    assert config.to_json() in text.tensor.string_val[0].decode()
+    experiment, session = (
+        HParamsPluginData.FromString(plugins[f"_hparams_/{name}"].content)
+        for name in ("experiment", "session_start_info")
+    )
+    compared = {metric.name.tag for metric in experiment.experiment.metric_infos}
+    assert compared == {"train/loss", "train/grad_norm", "speed/images_per_second", "eval/fid"}
+    hparams = session.session_start_info.hparams
+    assert hparams["optim.learning_rate"].number_value == config.optim.learning_rate
+    assert hparams["data.flip"].bool_value
+    assert hparams["data.name"].string_value == "digits"
+    assert hparams["optim.grad_clip"].string_value == "None"
+    assert {field.name for field in experiment.experiment.hparam_infos} == set(hparams)
+
+
+@pytest.mark.parametrize("last, stop", [(9, 5), (4, 4)])  # the whole profile, or the run's end
+def test_a_profile_is_of_the_steps_after_the_first_one(tmp_path, monkeypatch, capsys, last, stop):
+    calls = []
+    profiler = types.SimpleNamespace(
+        start_trace=lambda folder: calls.append((step, Late.fetched, folder)),
+        stop_trace=lambda: calls.append((step, Late.fetched)),
+    )
+    monkeypatch.setattr(Late, "fetched", 0)
+    monkeypatch.setattr(jax, "profiler", profiler)
+    with log.Log(config_in(tmp_path, profile_steps=3), 1, 1.0, {}) as run:
+        for step in range(2, last + 1):
+            run.record(step, {name: Late(value) for name, value in METRICS.items()})
+        run.fetch()
+    folder = tmp_path / "profile"
+    done = 5 * (stop - 1)  # of five metrics each: no traced step is still being computed
+    assert calls == [(2, 5, folder), (stop, done)]
+    line = f"the profile opens by: xprof --logdir {folder} (after pip install xprof)"
+    assert capsys.readouterr().out.count(line) == 1
+
+
+# loss.png
+
+
 @pytest.mark.parametrize(
-    "parts, lines", [([], ["loss"]), (["mse", "vb"], ["loss", "squared error", "variational"])]
+    "parts, lines",
+    [
+        ([], ["loss"]),
+        (["mse", "vb"], ["loss", "squared error", "variational"]),
+        (["loss_quarter_1", "loss_quarter_3"], ["loss", "loss, t in its first", "third"]),
+    ],
 )
 def test_the_plot_has_a_line_for_the_loss_and_for_each_part_that_it_has(
     tmp_path, monkeypatch, parts, lines
 ):
-    row = {"step": 1} | {name: METRICS[name] for name in ["loss", *parts]}
+    row = {"step": 1, "loss": 1.0} | dict.fromkeys(parts, 0.5)
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     shown = []
     monkeypatch.setattr(Axes, "plot", lambda axes, *values, label, **style: shown.append(label))
-    monkeypatch.setattr(Axes, "legend", lambda axes: None)
     log.plot_loss(tmp_path)
     assert len(shown) == len(lines)
     for label, words in zip(shown, lines, strict=True):
         assert label.startswith(words)
+
+
+def test_the_plot_shows_the_band_of_the_same_recipe_as_far_as_the_run_went(tmp_path, monkeypatch):
+    monkeypatch.setattr(log, "CONFIGS", tmp_path)
+    config = config_in(tmp_path)
+    assert log.known_band(config) is None
+    of_another_version = json.loads(config.to_json()) | {"no_more": {}}
+    entry = {"config": json.loads(config.to_json()), "band": [[2, 0.5, 1.5], [4, 0.25, 1.25]]}
+    bands = {"old": {"config": of_another_version, "band": []}, "tiny": entry}
+    (tmp_path / "bands.json").write_text(json.dumps(bands))
+    for other in (dict(optim=dict(learning_rate=0.5)), dict(train=dict(batch_size=32))):
+        assert log.known_band(replace(config, **other)) is None
+    band = log.known_band(replace(config, train=dict(seed=3, workdir="elsewhere")))
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n')
+    shown = []
+    monkeypatch.setattr(Axes, "fill_between", lambda axes, *edges, **style: shown.append(edges))
+    log.plot_loss(tmp_path, band)
+    (edges,) = shown
+    assert [edge.tolist() for edge in edges] == [[2], [0.5], [1.5]]
 
 
 def test_a_run_that_stops_before_its_first_line_still_closes(tmp_path):

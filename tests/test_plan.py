@@ -80,6 +80,14 @@ def test_a_vae_that_is_here_is_counted(tmp_path):
     assert plan.share(vae) == sum(leaf.nbytes for leaf in jax.tree.leaves(load_vae(folder)))
 
 
+def test_every_average_is_counted():
+    found = [
+        plan.estimate(tiny_config(optim=dict(ema_decay=decay)), plan.devices_of("cpu:1")).bytes
+        for decay in (0.9, (0.9, 0.99, 0.5))
+    ]
+    assert [sizes["average"] / sizes["parameters"] for sizes in found] == [1, 3]
+
+
 # What could make a run fit
 
 

@@ -96,6 +96,7 @@ def test_every_field_that_a_step_depends_on_is_compared(section):
     [
         dict(optim=dict(beta1=0.5)),
         dict(optim=dict(warmup_steps=5)),
+        dict(optim=dict(ema_decay=(0.9, 0.5))),
         dict(train=dict(seed=1)),
         dict(train=dict(init_from="elsewhere")),
         dict(data=dict(flip=False)),
@@ -307,6 +308,7 @@ def test_what_little_is_taken_of_a_model_of_another_width_is_said(weights, capsy
 )
 def test_weights_that_do_not_fit_are_refused(refused, weights, tmp_path, flags, words):
     options = ["--train.init-from", weights[0], "--workdir", tmp_path / "run", *flags.split()]
+    options += ["--train.steps", 1]
     assert words in refused(run_train, *TINY, *options)
     assert not (tmp_path / "run").exists()
 

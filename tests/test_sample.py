@@ -18,7 +18,7 @@ from PIL import Image
 import sample
 import train
 from dit import checkpoint, generation, images, sampling
-from dit.config import InputError
+from dit.config import InputError, replace
 from dit.images import to_uint8
 from dit.state import make_model, make_objective, make_state
 
@@ -36,11 +36,13 @@ def run(tmp_path_factory):
         placements = jax.tree.map(lambda leaf: leaf.sharding, state)
         model = jax.device_put(state.model, jax.devices()[0])
         awake = dataclasses.replace(
-            state, model=awaken(model, 0.05), ema=awaken(model, 0.05, seed=9)
+            state,
+            model=awaken(model, 0.05),
+            emas=(awaken(model, 0.05, seed=9), awaken(model, 0.05, seed=10)),
         )
         return jax.device_put(awake, placements)
 
-    options = "--train.steps 2 --train.checkpoint-every 1 --optim.ema-decay 0.5".split()
+    options = "--train.steps 2 --train.checkpoint-every 1 --optim.ema-decay 0.5 0.25".split()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_state", awake_state)
         run_train(*TINY, "--workdir", workdir, *options)
@@ -160,12 +162,15 @@ def test_every_option_changes_what_it_should(run, tmp_path):
     for flags in (
         ["--guidance", "3"],
         ["--no-ema"],
+        ["--ema-decay", "0.25"],
         ["--eta", "1"],
         ["--sampler", "ddpm"],
         ["--steps", "9"],
         ["--dtype", "bfloat16"],
     ):
         assert (draw(run, tmp_path, *base_flags, *flags)[0] != base).any(), flags
+    first, _ = draw(run, tmp_path, *base_flags, "--ema-decay", "0.5")
+    np.testing.assert_array_equal(first, base)
     guided_flags = [*base_flags, "--guidance", "3"]
     guided, _ = draw(run, tmp_path, *guided_flags)
     partly, _ = draw(run, tmp_path, *guided_flags, "--guidance-interval", "20", "60")
@@ -191,6 +196,54 @@ def test_the_samplers_and_options_of_flow(flow, tmp_path):
         assert (draw(flow, tmp_path, *base_flags, *flags)[0] != base).any(), flags
     many, _ = draw(flow, tmp_path, "--classes", "3", "--steps", "2000", "--per-class", "1")
     assert many.shape == (1, 8, 8, 1), "more steps than DDPM has timesteps"
+
+
+@pytest.fixture(scope="module")
+def guide(flow):
+    """A smaller model that predicts what `flow` predicts."""
+    _, config = checkpoint.load(flow)
+    config = replace(config, model=dict(hidden_size=12, num_heads=3, depth=1))
+    model = awaken(make_model(config, jax.random.key(3)), 0.05)
+    checkpoint.save_weights(flow.with_name("guide"), model, config, tuple("0123456789"))
+    return flow.with_name("guide")
+
+
+def test_a_smaller_model_or_an_earlier_step_guides_in_place_of_the_null_class(
+    run, flow, guide, tmp_path
+):
+    for guided, name in [(flow, guide), (run, "1")]:
+        plain, _ = draw(guided, tmp_path, "--classes", "3")
+        flags = ["--classes", "3", "--guidance", "30"]
+        by_class, _ = draw(guided, tmp_path, *flags)
+        by_guide, _ = draw(guided, tmp_path, *flags, "--guide-with", name)
+        by_itself, _ = draw(guided, tmp_path, *flags, "--guide-with", guided)
+        assert (by_guide != by_class).any()
+        assert (by_guide != plain).any()
+        assert np.abs(by_itself.astype(int) - plain).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["1"], "--guide-with: '1' should be given with a --guidance other than 1"),
+        (["7", "--guidance", "2"], "--guide-with: step: 7 should be one of 2, 1, which "),
+        (
+            ["nowhere", "--guidance", "2"],
+            "--guide-with: workdir: 'nowhere' should hold an intact checkpoint in checkpoints/",
+        ),
+    ],
+)
+def test_a_guide_that_is_not_there_is_refused(refused, run, tmp_path, flags, words):
+    out = tmp_path / "x.png"
+    assert words in refused(run_sample, run, "--guide-with", *flags, "--out", out)
+
+
+def test_a_guide_of_another_kind_is_refused(refused, run, flow, layout, tmp_path):
+    flags = ["--guidance", "2", "--out", tmp_path / "x.png"]
+    line = refused(run_sample, run, "--guide-with", layout, *flags)
+    assert "--guide-with: data.mask_classes: 2 should be the guided model's 0" in line
+    line = refused(run_sample, layout, "--guide-with", flow, *flags)
+    assert "--guide-with: objective.name: 'flow' should be the guided model's 'ddpm'" in line
 
 
 @pytest.mark.parametrize(
@@ -234,9 +287,14 @@ def test_classes_go_by_number_name_or_synonym():
 
 def test_a_name_that_is_a_number_goes_before_the_number():
     names = ("1", "10", "2")  # of folders, in their order
-    assert [sample.class_number(word, names) for word in ("1", "2", "10", "0")] == [0, 2, 1, 0]
+    assert [sample.class_number("--classes", word, names) for word in ("1", "2", "10", "0")] == [
+        0,
+        2,
+        1,
+        0,
+    ]
     with pytest.raises(InputError, match="--classes: 3 should be from 0 to 2"):
-        sample.class_number("3", names)
+        sample.class_number("--classes", "3", names)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +304,7 @@ def test_a_name_that_is_a_number_goes_before_the_number():
         (["--classes", "-1"], "--classes: -1 should be from 0 to 9"),
         (
             ["--classes", "cat"],
-            "--classes: 'cat' should be a number from 0 to 9 or the name of a class; the nearest",
+            "--classes: 'cat' should be a number from 0 to 9 or the name of a class",
         ),
         (["--classes", "²"], "--classes: '²' should be a number from 0 to 9 or the name of a"),
         (
@@ -280,6 +338,11 @@ def test_a_name_that_is_a_number_goes_before_the_number():
             "--eta: 0.5 should be 0 with --sampler ddpm: only ddim has it",
         ),
         (["--dtype", "float16"], "--dtype"),
+        (["--ema-decay", "0.7"], "--ema-decay: 0.7 should be one of the run's, 0.5, 0.25, and"),
+        (
+            ["--ema-decay", "0.5", "--no-ema"],
+            "--ema-decay: 0.5 should be one of the run's, 0.5, 0.25, and not given with --no-ema",
+        ),
         (["--guidance", "nan"], "--guidance: nan should be a finite number"),
         (
             ["--guidance-interval", "500", "100"],

@@ -15,6 +15,7 @@ from dit.config import Data
 from dit.data import drop_condition, null_condition
 from dit.ddpm import DDPM, at
 from dit.flow import Flow
+from dit.state import run_keys
 
 MEAN, DEVIATION = 0.3, 0.5  # of the Gaussian data whose denoiser has a closed form
 SHAPE = (3, 1, 2)
@@ -43,6 +44,18 @@ def gaussian_denoiser(d: DDPM) -> sampling.Denoise:
 
 def keys(n: int, seed=0) -> jax.Array:
     return sampling.sample_keys(seed, jnp.arange(n))
+
+
+def test_no_sample_shares_a_key_with_training_from_the_same_seed():
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    of_run = jnp.stack(run_keys(tiny_config(train=dict(seed=3))))
+    of_steps = fold(of_run[1], jnp.arange(50))
+    of_parts = jax.vmap(lambda key: jax.random.split(key, 3))(of_steps)  # data, dropping, noise
+    of_samples = keys(50, seed=3)
+    of_noise = jax.vmap(fold, in_axes=(0, None))(of_samples, jnp.arange(50))
+    used = [of_run, of_steps, of_parts, of_samples, of_noise]
+    rows = np.concatenate([jax.random.key_data(some).reshape(-1, 2) for some in used])
+    assert len(np.unique(rows, axis=0)) == len(rows) == 2 + 50 + 150 + 50 + 2500
 
 
 def test_ddim_converges_to_the_flow_at_first_order():
@@ -402,6 +415,23 @@ def test_the_guidance_interval_holds_from_low_to_below_high():
         expected = guided(x, t) if is_guided else model(x, t, **condition)
         np.testing.assert_allclose(within(x, t), expected, rtol=1e-5, atol=1e-5)
     assert jnp.abs(guided(x, T) - model(x, T, **condition)).max() > 1e-2
+
+
+@pytest.mark.parametrize("channels", [None, 1])
+def test_autoguidance_leads_from_the_guide_through_the_model_under_the_same_condition(channels):
+    model, x, condition, null = network()
+    guide = awaken(tiny_model(num_classes=7, depth=1, hidden_size=12, num_heads=3), seed=5)
+    ours, theirs = model(x, T, **condition), guide(x, T, **condition)
+    denoise = sampling.guided(model, condition, null, 3.0, channels, guide=guide)
+    guided = slice(0, channels or 2)
+    expected = ours.at[..., guided].set((theirs + 3.0 * (ours - theirs))[..., guided])
+    np.testing.assert_allclose(denoise(x, T), expected, rtol=1e-4, atol=1e-4)
+    assert jnp.abs(expected - ours).max() > 0.1
+    itself = sampling.guided(model, condition, null, 3.0, guide=model)
+    np.testing.assert_allclose(itself(x, T), ours, rtol=1e-5, atol=1e-5)
+    within = sampling.guided(model, condition, null, 3.0, channels, (49, 99), guide)
+    np.testing.assert_allclose(within(x, T), denoise(x, T), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(within(x, T + 50), model(x, T + 50, **condition), atol=1e-5)
 
 
 def rows_of_each_forward(sampler: Callable, process: DDPM | Flow, **guidance) -> list[int]:

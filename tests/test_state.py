@@ -33,7 +33,7 @@ def run_steps(config: Config, devices: int, steps=3) -> Run:
     state = make_state(config, mesh)
     placement = jax.tree.map(lambda leaf: leaf.sharding, state)
     model = awaken(jax.device_put(state.model, jax.devices()[0]))
-    state = dataclasses.replace(state, model=model, ema=jax.tree.map(jnp.copy, model))
+    state = dataclasses.replace(state, model=model, emas=(jax.tree.map(jnp.copy, model),))
     state = jax.device_put(state, placement)
     before = jax.tree.map(np.array, state)  # copies: the step donates its state
     step = train.compile_train_step(config, mesh)
@@ -136,6 +136,13 @@ def test_devices_shards_parts_and_remat_do_not_change_a_run(
     assert_same_run(one_device, other)
 
 
+def test_dropout_and_augmentation_are_the_same_on_any_devices_in_parts_and_repeated():
+    model, data = MODEL | dict(dropout=0.3), dict(augment=0.5)
+    one = run_steps(tiny_config(model=model, data=data, optim=OPTIM), devices=1)
+    shared = dict(mesh=dict(fsdp=2), data=data, optim=OPTIM | dict(accumulate=2))
+    assert_same_run(one, run_steps(tiny_config(model=model | dict(remat="full"), **shared), 8))
+
+
 # Schedule and optimizer
 
 
@@ -207,11 +214,11 @@ RAMP = jnp.arange(64, dtype=jnp.uint8).reshape(1, 8, 8, 1)  # darker on the left
 def spied_step(monkeypatch, config: Config, step=0) -> tuple[State, dict[str, jax.Array]]:
     """The state and what the objective was given by a step from w = 1 with an average of 0."""
     monkeypatch.setattr(train, "make_objective", lambda config: Spy())
-    model, ema = {"w": jnp.float32(1)}, {"w": jnp.float32(0)}
+    model, emas = {"w": jnp.float32(1)}, ({"w": jnp.float32(0)},) * len(config.optim.averages)
     schedule = learning_rate(config.optim, config.train.steps)
     opt_state = make_optimizer(config.optim, schedule).init(model)
     batch = {"image": RAMP.repeat(BATCH, axis=0), "label": jnp.full(BATCH, 4)}
-    return train.train_step(config, State(jnp.int32(step), model, ema, opt_state), batch)
+    return train.train_step(config, State(jnp.int32(step), model, emas, opt_state), batch)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9, 0.9999])
@@ -228,10 +235,28 @@ def test_the_first_step_averages_with_a_tenth(monkeypatch):
     assert float(state.ema["w"]) == pytest.approx(0.9 * 0.5, rel=1e-4)
 
 
+def test_a_step_updates_each_average_with_its_own_decay(monkeypatch):
+    config = tiny_config(optim=dict(ema_decay=(0.9, 0.0, 0.5), learning_rate=0.5))
+    state, _ = spied_step(monkeypatch, config, step=100_000)
+    averages = [float(ema["w"]) for ema in state.emas]
+    assert averages == pytest.approx([0.1 * 0.5, 1.0 * 0.5, 0.5 * 0.5], rel=1e-4)
+    assert state.ema is state.emas[0]
+
+
 def test_each_sample_of_each_step_has_a_key_of_its_own_and_a_step_always_the_same(monkeypatch):
     keys = [spied_step(monkeypatch, tiny_config(), step)[1]["keys"] for step in (0, 1, 1)]
     np.testing.assert_array_equal(keys[1], keys[2])
     assert len(np.unique(np.concatenate(keys), axis=0)) == 2 * BATCH
+
+
+def test_only_with_dropout_the_model_is_given_keys_which_are_no_others(monkeypatch):
+    _, given = spied_step(monkeypatch, tiny_config())
+    assert "dropout_keys" not in given
+    _, given = spied_step(monkeypatch, tiny_config(model=dict(dropout=0.1)))
+    split = jax.vmap(jax.random.split)(jax.random.wrap_key_data(given["keys"]))
+    of_time_and_noise = jax.random.key_data(split).reshape(2 * BATCH, 2)
+    keys = [jax.random.key_data(given["dropout_keys"]), given["keys"], of_time_and_noise]
+    assert len(np.unique(np.concatenate(keys), axis=0)) == 4 * BATCH
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3, 1.0])

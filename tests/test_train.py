@@ -1,11 +1,14 @@
 """The command, end to end, on the embedded digits."""
 
+import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -14,15 +17,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, TINY_FLOW, largest_difference, run_train, tiny_config
+from conftest import TINY, TINY_FLOW, largest_difference, run_sample, run_train, tiny_config
 from on_hosts import signal_at
 from PIL import Image
 
 import train
-from dit import checkpoint, cli, generation, log
+from dit import checkpoint, generation, log
 from dit.config import Stopped
 from dit.data import InMemory
 from dit.sharding import make_mesh
+from dit.signals import StopRequest
 from dit.state import abstract_state
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -263,6 +267,71 @@ def test_neither_is_done_where_it_is_not_asked_for(tmp_path, monkeypatch):
     assert list((tmp_path / "samples").iterdir()) == []
 
 
+# What is said
+
+
+def test_a_run_ends_with_the_command_that_samples_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_train(*TINY, "--name", "my run", "--train.steps", "1", "--train.sample-every", "1")
+    *_, grids, command = capsys.readouterr().out.splitlines()
+    assert grids == "sample grids are in runs/my run/samples"
+    python, script, *argv = shlex.split(command.removeprefix("more samples by: "))
+    assert Path(shutil.which(python) or python).samefile(sys.executable)
+    assert Path(script).samefile(ROOT / "sample.py")
+    assert argv == ["runs/my run", "--guidance", "2"]
+    run_sample(*argv, "--classes", "3", "--per-class", "1")
+    assert Path("runs/my run/samples.png").exists()
+
+
+def test_a_dry_run_tries_every_part_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    flags = ["--train.steps", "20", "--train.sample-every", "7", "--workdir", tmp_path / "run"]
+    run_train(*TINY, *flags, "--dry-run")
+    assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]
+    out = capsys.readouterr().out
+    for words in [
+        "optim: learning_rate 0.002, ",
+        " parameters, ",
+        "traced in ",
+        " GFLOP; a device holds ",
+        "a checkpoint of ",
+        " restored bit for bit in ",
+        "a grid of 80 was drawn in ",
+        "20 steps of ",
+        f"evaluations not counted; {tmp_path / 'run'} is as it was\n",
+    ]:
+        assert words in out
+
+
+def test_a_dry_run_of_a_run_that_goes_on_reads_it_and_refuses_what_the_run_would(
+    refused, whole_run, capsys
+):
+    before = files(whole_run)
+    flags = ["--workdir", whole_run, "--train.steps", "30", "--dry-run"]
+    run_train(*TINY, *flags)
+    out = capsys.readouterr().out
+    assert "from step 20\n" in out and "\n10 steps of " in out
+    assert "train.seed: 1, where 0 is stored" in refused(run_train, *TINY, *flags, "--train.seed=1")
+    words = "--dry-run: True should be on one host, without mesh.distributed"
+    assert words in refused(run_train, *TINY, *flags, "--mesh.distributed")
+    assert files(whole_run) == before
+
+
+def test_a_dry_run_finds_a_checkpoint_that_is_not_what_was_saved(tmp_path, monkeypatch, capsys):
+    before = train.first_state
+
+    def other_bits(*args):
+        state = before(*args)
+        return dataclasses.replace(state, step=state.step + 1)
+
+    monkeypatch.setattr(train, "first_state", other_bits)
+    with pytest.raises(SystemExit) as stop:
+        run_train(*TINY, "--workdir", tmp_path, "--dry-run")
+    assert stop.value.code == 1
+    assert "was not restored as it was saved" in capsys.readouterr().err
+
+
 # Going on
 
 
@@ -478,7 +547,7 @@ def test_metrics_that_cannot_be_written_are_warned_of_once_and_do_not_end_the_ru
 
 
 def test_a_stop_before_the_first_step_leaves_nothing(tmp_path, capsys):
-    stop = cli.StopRequest()
+    stop = StopRequest()
     stop.requested = True
     config = tiny_config(train=dict(workdir=str(tmp_path / "run")))
     with pytest.raises(Stopped, match="the same command goes on from the newest checkpoint"):
@@ -487,7 +556,7 @@ def test_a_stop_before_the_first_step_leaves_nothing(tmp_path, capsys):
 
 
 def test_a_stop_while_the_step_is_compiled_makes_none(tmp_path, monkeypatch):
-    stop = cli.StopRequest()
+    stop = StopRequest()
     before = train.lower_train_step
 
     def lower_train_step(config, mesh):
@@ -501,7 +570,7 @@ def test_a_stop_while_the_step_is_compiled_makes_none(tmp_path, monkeypatch):
 
 
 def test_an_evaluation_is_broken_off_with_its_step_saved(tmp_path, monkeypatch):
-    stop = cli.StopRequest()
+    stop = StopRequest()
 
     def make_evaluation(config, vae, mesh, check_stop):
         def evaluate(model):
@@ -531,7 +600,8 @@ def test_what_was_not_yet_written_of_the_metrics_survives_a_stop(tmp_path):
             run_train(*TINY, "--workdir", tmp_path / "run", *flags, "10")
     whole, parts = rows(tmp_path / "whole"), rows(tmp_path / "run")
     assert [row["step"] for row in parts] == [5, 10]
-    for name in ("loss", "mse", "vb", "grad_norm"):
+    quarters = [f"loss_quarter_{k}" for k in (1, 2, 3, 4)]
+    for name in ("loss", "mse", "vb", "grad_norm", *quarters):
         assert [row[name] for row in parts] == [row[name] for row in whole]
 
 

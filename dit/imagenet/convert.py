@@ -7,6 +7,11 @@ sample.py takes. With --to, SOURCE is such a folder or a run's, and OUT a .pt or
 says, such as the number of heads and the noise schedule, travels in the metadata of what we write.
 """
 
+from dit.signals import StopRequest
+
+if __name__ == "__main__":
+    StopRequest().end_at_once("dit.imagenet.convert")
+
 import dataclasses
 import json
 import sys
@@ -20,6 +25,7 @@ import tyro
 from dit import cli
 from dit.config import (
     Config,
+    Decay,
     InputError,
     LocalPath,
     PositiveInt,
@@ -39,7 +45,8 @@ class Convert:
     source: Source  # published weights; with --to, ours
     out: Out  # what to write; it should not exist yet
     to: Literal["official", "diffusers"] | None = None  # the layout to write ours in
-    num_heads: PositiveInt | None = None  # of an official DiT of unusual width; no shape says them
+    num_heads: PositiveInt | None = None  # heads of an official DiT of unusual width; no shape says
+    ema_decay: Decay | None = None  # average of a run with several; None is the first; with --to
 
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported
@@ -67,7 +74,8 @@ def run(options: Convert) -> None:
         workdir, step, damaged = checkpoint.find(source, option="SOURCE")
         for line in damaged:
             print(line)
-        model, config = checkpoint.load(workdir, step=step)
+        ema = True if options.ema_decay is None else options.ema_decay
+        model, config = checkpoint.load(workdir, ema, step=step)
         names = checkpoint.stored_dataset(workdir, step)["class_names"]
         objective = config.objective.name
         expected = "ddpm: the other layouts do not say for which objective a model is"

@@ -7,6 +7,11 @@ and so are its reference files (mu, sigma, mu_s, sigma_s, arr_0); pytorch-fid's 
 for FID. FID falls with the number of samples: 50,000 are usual.
 """
 
+from dit.signals import StopRequest
+
+if __name__ == "__main__":
+    StopRequest().end_at_once("dit.imagenet.fid")
+
 import sys
 import zipfile
 import zlib
@@ -28,7 +33,7 @@ class Fid:
     samples: Samples  # arr_0, uint8 [N, H, W, C], as sample.py writes
     reference: str  # an .npz of statistics or images, or a data set, read at the samples' size
     inception: str  # the weights that pytorch-fid publishes, pt_inception-2015-12-05-6726825d.pth
-    split: str = "train"  # of the reference data set
+    split: str = "train"  # split of the reference data set
     save_reference: LocalPath | None = None  # an .npz for the data set's statistics, for next time
 
 

@@ -7,6 +7,11 @@ Grain reads too. Killed and started again, it goes on at the first shard that is
 same bytes.
 """
 
+from dit.signals import StopRequest
+
+if __name__ == "__main__":
+    StopRequest().end_at_once("dit.imagenet.latents")
+
 import functools
 import math
 import re
@@ -38,10 +43,10 @@ class MakeLatents:
     vae: str  # folder of a diffusers AutoencoderKL: config.json and its weights
     out: LocalPath  # folder to write; --data.latents of train.py
     size: PositiveInt = 256  # side of the cropped image, in pixels; a multiple of 8
-    split: str = "train"  # or a slice of it, such as train[:90%]
+    split: str = "train"  # split to encode, or a slice of it, such as train[:90%]
     batch_size: PositiveInt = 32  # images at a time, on each device
     shard_size: PositiveInt = 1024  # images in one file
-    distributed: bool = False  # several hosts, which share the folder OUT
+    distributed: bool = False  # join other hosts, which share the folder OUT
 
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported

@@ -55,6 +55,8 @@ def to_official(model: DiT) -> dict[str, jax.Array]:
     p = model.patch_size
     tensors = {"pos_embed": jnp.asarray(positions_of(model))}
     for path, parameter in files.parameters_by_path(model).items():
+        if path == "augment_embed.kernel":  # of a label that is zero in sampling
+            continue
         if path == "patch_embed.kernel":  # of a convolution there
             parameter = parameter.reshape(p, p, model.in_channels, model.hidden_size)
         blocks = parameter if path.startswith("blocks.") else [parameter]

@@ -1,0 +1,252 @@
+"""Ablations at equal budget: python benchmarks/ablation.py STUDY ... [--preset digits] [--seeds 3]
+
+Each study trains a preset with one thing changed, for as many steps of the same batches:
+conditioning (the paper's four designs, and adaLN-Zero without its zero: Peebles & Xie, Figure 5),
+objective (DDPM, or flow matching), times (of flow: uniform, or logit-normal), prediction (of flow:
+v, or x0, in patches of 2, 4 and 8), average (how long the weights' is), regularisation (dropout,
+augmentation) and optimizer (AdamW, or Muon for the blocks' matrices).
+
+Prints the loss and the judge's figures of samples at the end, mean and standard deviation over the
+seeds, and plots them against the step in runs/ablation/PRESET-STUDY.png. Samples are unguided and
+take 50 forwards. The judge is that of benchmarks/digits.py or benchmarks/cifar10.py. The runs are
+kept beside the plot and are resumed.
+"""
+
+import contextlib
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+from unittest import mock
+
+import cifar10
+import digits
+import jax
+import numpy as np
+import optax
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dit import checkpoint, cli, generate
+from dit.config import AtLeastTwo, Config, Objective, PositiveInt, Range, replace
+from dit.model import BLOCKS, AdaLNZeroBlock, multiply_adds
+from dit.normalization import Modulation, xavier
+from dit.sharding import local_mesh, replicated
+from train import train
+
+FOLDER = Path("runs/ablation")
+POINTS = 4  # of the curves of the judge's figures
+LAST_LINES = 5  # of the log, whose mean is the loss at the end: a single one is noisy
+FORWARDS = 50  # of the network, for a sample
+JUDGES = {"digits": digits.judge, "cifar10": cifar10.judge}
+
+Steps = Annotated[int, Range(lambda value: value >= POINTS, f"at least {POINTS}")]
+
+
+# What is compared
+
+
+class XavierBlock(AdaLNZeroBlock):
+    """adaLN-Zero without its zero: the modulation starts as any linear layer."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, dtype, rngs):
+        super().__init__(hidden_size, num_heads, mlp_ratio, dtype=dtype, rngs=rngs)
+        self.modulation = Modulation(hidden_size, 6, kernel_init=xavier, dtype=dtype, rngs=rngs)
+
+
+def muon(schedule: optax.Schedule, b1: float, b2: float, weight_decay: float):
+    """Muon for the blocks' kernels `[L, in, out]`, each layer's apart, and AdamW for the rest.
+
+    Its updates are as large as Adam's, so that one learning rate serves both (arXiv 2502.16982).
+    """
+
+    def axes(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        is_kernel = "blocks" in jax.tree_util.keystr(path) and leaf.ndim == 3
+        return optax.contrib.MuonDimensionNumbers(1, 2) if is_kernel else None
+
+    return optax.contrib.muon(
+        schedule,
+        adam_b1=b1,
+        adam_b2=b2,
+        weight_decay=weight_decay,
+        adam_weight_decay=weight_decay,
+        muon_weight_dimension_numbers=lambda model: jax.tree.map_with_path(axes, model),
+        consistent_rms=0.2,
+    )
+
+
+class Arm(NamedTuple):
+    changes: dict[str, dict[str, Any]] = {}  # of the preset's sections
+    patch: contextlib.AbstractContextManager = contextlib.nullcontext()  # of the code
+
+
+def flow(**fields: Any) -> dict[str, dict[str, Any]]:
+    """Flow matching with JiT's times on pixels and the preset's dropped labels."""
+    objective = asdict(Objective("flow", time_mean=0.8, time_std=0.8)) | fields
+    return {"objective": {k: v for k, v in objective.items() if k != "label_dropout"}}
+
+
+def design(name: str) -> Arm:
+    return Arm({"model": dict(conditioning=name)})
+
+
+STUDIES: dict[str, dict[str, Arm]] = {
+    "conditioning": {
+        "in-context": design("in_context"),
+        "cross-attention": design("cross_attention"),
+        "adaLN": design("adaln"),
+        "adaLN-Zero": design("adaln_zero"),
+        "adaLN-Zero without its zero": Arm(
+            patch=mock.patch.dict(BLOCKS, adaln_zero=XavierBlock),
+        ),
+    },
+    "objective": {"DDPM": Arm(), "flow": Arm(flow())},
+    "times": {
+        "uniform": Arm(flow(times="uniform", time_mean=0.0, time_std=1.0)),
+        "logit-normal (0, 1)": Arm(flow(time_mean=0.0, time_std=1.0)),
+        "logit-normal (0.8, 0.8)": Arm(flow()),
+    },
+    "prediction": {
+        f"{prediction}, patches of {side}": Arm(
+            flow(prediction=prediction) | {"model": dict(patch_size=side)}
+        )
+        for side in (2, 4, 8)
+        for prediction in ("v", "x0")
+    },
+    "average": {
+        str(decay): Arm({"optim": dict(ema_decay=decay)}) for decay in (0.0, 0.99, 0.997, 0.999)
+    },
+    "regularisation": {
+        "none": Arm(),
+        "dropout 0.1": Arm({"model": dict(dropout=0.1)}),
+        "augmentation 0.15": Arm({"data": dict(augment=0.15)}),
+    },
+    "optimizer": {
+        "AdamW": Arm(),
+        "Muon": Arm(patch=mock.patch.object(optax, "adamw", muon)),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    studies: tyro.conf.Positional[tuple[Literal[tuple(STUDIES)], ...]] = ()  # all, where none
+    preset: Literal["digits", "digits_flow", "cifar10_tiny"] = "digits"
+    steps: Steps = 1000  # of each run
+    seeds: PositiveInt = 3  # runs of each arm
+    samples: AtLeastTwo = 1000  # drawn; more than an image has values, for their covariance
+
+
+# One run
+
+
+class Curves(NamedTuple):
+    loss: np.ndarray  # [lines of the log, 2], rows of (step, loss)
+    figures: dict[str, np.ndarray]  # of the judge: [POINTS, 2], rows of (step, figure)
+    giga_multiply_adds: float  # of a forward
+
+
+def config_of(study: str, name: str, options: Options, seed: int) -> Config:
+    words = name.replace(", ", "-").replace(" ", "-")
+    config = replace(cli.load_preset(options.preset), **STUDIES[study][name].changes)
+    return replace(
+        config,
+        train=dict(
+            steps=options.steps,
+            seed=seed,
+            sample_every=0,
+            checkpoint_every=options.steps // POINTS,
+            keep_last=POINTS,
+            sampler=None,
+            sample_steps=FORWARDS // 2 if config.objective.name == "flow" else FORWARDS,
+            workdir=str(FOLDER / f"{options.preset}-{study}-{words}-{seed}"),
+        ),
+    )
+
+
+def run(study: str, name: str, options: Options, seed: int) -> Curves:
+    """Trains an arm, or goes on training it, and judges its checkpoints."""
+    config = config_of(study, name, options, seed)
+    with STUDIES[study][name].patch:
+        state = train(config)
+        figures = judge(config, options.samples)
+    lines = (config.workdir / "metrics.jsonl").read_text().splitlines()
+    losses = [(row["step"], row["loss"]) for row in map(json.loads, lines)]
+    return Curves(np.array(losses), figures, multiply_adds(state.model) / 1e9)
+
+
+def judge(config: Config, samples: int) -> dict[str, np.ndarray]:
+    """Each figure of the judge at each checkpoint of a run."""
+    mesh = local_mesh()
+    labels = np.arange(samples) % config.data.num_classes
+    condition = generate.make_condition(labels, config)
+    sampler, steps = config.sampler, config.train.sample_steps
+    draw = generate.make_draw(config, mesh, condition, samples, sampler=sampler, steps=steps)
+    figures: dict[str, list] = {}
+    for step in sorted(checkpoint.steps(config.workdir)):
+        model, _ = checkpoint.load(config.workdir, sharding=replicated(mesh), step=step)
+        for name, figure in JUDGES[config.data.name](draw(model, None, 0), labels).items():
+            figures.setdefault(name, []).append((step, figure))
+    return {name: np.array(rows) for name, rows in figures.items()}
+
+
+# All of them
+
+
+def print_table(study: str, results: dict[str, list[Curves]], options: Options) -> None:
+    device = jax.devices()[0].device_kind
+    columns = ["G multiply-adds", "loss", *next(iter(results.values()))[0].figures]
+    print(f"\n{options.preset}, {options.steps} steps, {options.seeds} seeds, {device}\n")
+    print(f"| {study} | " + " | ".join(columns) + " |")
+    print("|---" * (len(columns) + 1) + "|")
+    for name, runs in results.items():
+        losses = [curves.loss[-LAST_LINES:, 1].mean() for curves in runs]
+        ends = [[curves.figures[figure][-1, 1] for curves in runs] for figure in columns[2:]]
+        cells = [f"{np.mean(values):.3g} ± {np.std(values):.2g}" for values in (losses, *ends)]
+        print(f"| {name} | {runs[0].giga_multiply_adds:.2g} | " + " | ".join(cells) + " |")
+
+
+def plot(results: dict[str, list[Curves]], path: Path) -> None:
+    """Lines are means over the seeds, bands one standard deviation."""
+    names = list(next(iter(results.values()))[0].figures)
+    figure = Figure(figsize=(4.5 * (1 + len(names)), 4), layout="constrained")
+    loss_axes, *axes_of_figures = figure.subplots(1, 1 + len(names))
+    for name, runs in results.items():
+        plot_curve(loss_axes, "-", name, [curves.loss for curves in runs])
+        for axes, kind in zip(axes_of_figures, names, strict=True):
+            plot_curve(axes, "o-", name, [curves.figures[kind] for curves in runs])
+    loss_axes.set(xlabel="step", ylabel="loss", yscale="log")
+    for axes, kind in zip(axes_of_figures, names, strict=True):
+        axes.set(xlabel="step", ylabel=kind)
+    for axes in (loss_axes, *axes_of_figures):
+        axes.grid(alpha=0.3)
+    loss_axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_curve(axes: Axes, style: str, name: str, curves: list[np.ndarray]) -> None:
+    steps = curves[0][:, 0]
+    values = np.stack([curve[:, 1] for curve in curves])  # [seeds, points]
+    mean, deviation = values.mean(axis=0), values.std(axis=0)
+    axes.plot(steps, mean, style, label=name, markersize=3)
+    axes.fill_between(steps, mean - deviation, mean + deviation, alpha=0.2)
+
+
+def main() -> None:
+    options = cli.parse(Options, sys.argv[1:], "benchmarks/ablation.py", __doc__)
+    for study in options.studies or STUDIES:
+        config_of(study, next(iter(STUDIES[study])), options, 0).validate()
+    for study in options.studies or STUDIES:
+        results = {
+            name: [run(study, name, options, seed) for seed in range(options.seeds)]
+            for name in STUDIES[study]
+        }
+        print_table(study, results, options)
+        plot(results, FOLDER / f"{options.preset}-{study}.png")
+
+
+if __name__ == "__main__":
+    with cli.exit_status("benchmarks/ablation.py"):
+        main()

@@ -1,0 +1,196 @@
+"""Judges a model of CIFAR-10: python benchmarks/cifar10.py RUN [sample.py's options]
+
+A small classifier (classifier.py), trained here on the real images the first time, judges 100
+samples a class, unguided unless asked. Beside the figures of real test images stand those of the
+samples: the share that it puts in the class that was asked for; the Frechet distance of its
+features to those of the training images, which is no FID; the median distance of features to the
+nearest training image's, over that of test images (neighbours); and the share that is nearer to a
+training image than 95 % of test images are (near copies). --out is a picture of samples, each
+before its nearest training images, from the sample that is nearest to one to the farthest; behind
+each is its distance to the first, in medians of test images.
+
+With the Inception weights that pytorch-fid publishes, --inception FILE, the published protocol of
+FID follows: 50,000 samples against the training images, with three seeds from --seed on, by the
+evaluation's sampler and steps unless others are asked for.
+"""
+
+import dataclasses
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from classifier import Classifier, classify, load_or_train
+from judge import NEAR, Figures, Real, draw, judge_features, nearest, print_table
+
+import sample
+from dit import checkpoint, cli
+from dit.config import AnyPath, Config, LocalPath, PositiveInt, require
+from dit.data import open_dataset, tfds_config
+from dit.imagenet.fid import Fid
+from dit.imagenet.fid import run as run_fid
+from dit.imagenet.inception import load_inception
+from dit.images import save_grid
+from dit.log import say
+from dit.metrics import frechet_distance, gaussian_of
+
+SHOWN = 16  # samples in the picture
+NEIGHBOURS = 7  # training images beside each
+DRAWS = 10  # of test images, whose mean Frechet distance is printed
+FID_SAMPLES = 50_000
+FID_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Options(sample.Sample):
+    per_class: PositiveInt = 100  # images of each class
+    out: LocalPath = "neighbours.png"  # a picture; without a folder, in WORKDIR_OR_WEIGHTS
+    inception: AnyPath | None = None  # pytorch-fid's weights, for FID by the published protocol
+
+
+class Cifar10(NamedTuple):
+    """The real images, as the classifier sees them. Features have a mean variance of 1."""
+
+    classifier: Classifier
+    unit: np.ndarray  # of the features
+    real: Real
+    images: np.ndarray  # the training images
+    test_features: np.ndarray
+    accuracy: float  # on test images
+
+
+@cache
+def real_images() -> Cifar10:
+    training = open_dataset(tfds_config("cifar10", "train", 32)).records
+    test = open_dataset(tfds_config("cifar10", "test", 32)).records
+    return make_judge(training.images, training.labels, test.images, test.labels)
+
+
+def make_judge(
+    images: np.ndarray, labels: np.ndarray, test_images: np.ndarray, test_labels: np.ndarray
+) -> Cifar10:
+    classifier = load_or_train(images, labels)
+    features, _ = classify(classifier, images)
+    test_features, predicted = classify(classifier, test_images)
+    unit = np.sqrt(features.var(axis=0).mean())
+    features, test_features = features / unit, test_features / unit
+    distances = nearest(test_features, features)[0][:, 0]
+    real = Real(gaussian_of(features), features, distances)
+    accuracy = float((predicted == test_labels).mean())
+    return Cifar10(classifier, unit, real, images, test_features, accuracy)
+
+
+def judge(images: np.ndarray, labels: np.ndarray) -> Figures:
+    """The figures of uint8 images `[N, 32, 32, 3]` and the labels that they were asked for."""
+    cifar10 = real_images()
+    features, predicted = classify(cifar10.classifier, images)
+    return judge_features(features / cifar10.unit, predicted, labels, cifar10.real)
+
+
+def figures_of_test_images(count: int) -> Figures:
+    """The figures of `count` test images, or of all 10,000 if they are fewer."""
+    cifar10 = real_images()
+    features, rng = cifar10.test_features, np.random.default_rng(0)
+    count = min(count, len(features))
+    chosen = [rng.choice(features, count, replace=False) for _ in range(DRAWS)]
+    distances = [frechet_distance(gaussian_of(some), cifar10.real.reference) for some in chosen]
+    return {
+        "accuracy": cifar10.accuracy,
+        "frechet_distance": float(np.mean(distances)),
+        "neighbour_ratio": 1.0,
+        "near_copies": NEAR,
+    }
+
+
+def save_neighbours(path: str, images: np.ndarray) -> None:
+    """Writes a picture: samples, from the nearest to a training image on, each before those."""
+    cifar10 = real_images()
+    features, _ = classify(cifar10.classifier, images)
+    distances, indices = nearest(features / cifar10.unit, cifar10.real.training, NEIGHBOURS)
+    order = np.argsort(distances[:, 0])
+    shown = order[np.linspace(0, len(order) - 1, SHOWN).astype(int)]
+    rows = [[images[i], *cifar10.images[indices[i]]] for i in shown]
+    names = [f"{distances[i, 0] / np.median(cifar10.real.distances):.2f}" for i in shown]
+    save_grid(path, np.concatenate(rows), names)
+
+
+def score_by_protocol(options: Options, config: Config) -> None:
+    """Prints FID and its kin of 50,000 samples with each of three seeds. Raises InputError."""
+    sampler, steps = config.protocol
+    request = dataclasses.replace(
+        sample_request(options),
+        num_samples=FID_SAMPLES,
+        sampler=options.sampler or sampler,
+        steps=options.steps or steps,
+    )
+    weights = (
+        f"average of decay {config.optim.averages['ema']:g}" if request.ema else "last weights"
+    )
+    print(
+        f"\nFID of {FID_SAMPLES:,} samples: {weights}, {request.sampler} in {request.steps} steps, "
+        f"guidance {request.guidance:g}, {request.labels} labels"
+    )
+    scores = []
+    with tempfile.TemporaryDirectory() as folder:
+        samples, reference = f"{folder}/samples.npz", f"{folder}/reference.npz"
+        for seed in range(options.seed, options.seed + FID_SEEDS):
+            print(f"seed {seed}")
+            sample.run(dataclasses.replace(request, seed=seed, out=samples))
+            is_first = seed == options.seed
+            kept = dict(reference="cifar10", save_reference=reference)
+            source = kept if is_first else dict(reference=reference)
+            scores.append(run_fid(Fid(samples, inception=options.inception, **source)))
+    fids = np.array([score["fid"] for score in scores])
+    spread = f"from {fids.min():.2f} to {fids.max():.2f}"
+    print(f"FID over {FID_SEEDS} seeds: mean {fids.mean():.2f}, {spread}")
+
+
+def sample_request(options: Options) -> sample.Sample:
+    """The options that are sample.py's."""
+    names = [field.name for field in dataclasses.fields(sample.Sample)]
+    return sample.Sample(**{name: getattr(options, name) for name in names})
+
+
+def check(options: Options, config: Config) -> None:
+    """Raises InputError before anything is trained or drawn."""
+    data, out = config.data, Path(options.out)
+    is_cifar10 = (data.name, data.image_size) == ("cifar10", 32)
+    require(is_cifar10, "workdir", options.workdir, "a run on cifar10 at data.image_size 32")
+    is_picture = out.suffix == ".png" and out.parent.is_dir()
+    require(is_picture, "--out", options.out, "a .png file in a folder that exists")
+    if options.inception is not None:
+        load_inception(options.inception)
+        of_all = not options.classes
+        require(of_all, "--classes", options.classes, "left out with --inception: FID is of all")
+
+
+def main() -> None:
+    options = cli.parse(Options, sys.argv[1:], "benchmarks/cifar10.py", __doc__)
+    workdir, step, _ = checkpoint.find(Path(options.workdir), options.step)
+    if os.path.dirname(options.out) == "":
+        options = dataclasses.replace(options, out=str(workdir / options.out))
+    config = checkpoint.stored_config(workdir, step)
+    check(options, config)
+    accuracy = real_images().accuracy
+    print(f"accuracy of the classifier on real test images: {accuracy:.1%}", flush=True)
+    images, labels = draw(sample_request(options))
+    print_table(
+        {
+            "real test images": figures_of_test_images(len(images)),
+            f"{len(images):,} samples": judge(images, labels),
+        },
+        "the small classifier's features, which is no FID",
+    )
+    save_neighbours(options.out, images)
+    say(f"wrote {options.out}")
+    if options.inception is not None:
+        score_by_protocol(options, config)
+
+
+if __name__ == "__main__":
+    with cli.exit_status("benchmarks/cifar10.py"):
+        main()
