@@ -6,6 +6,7 @@ input. Judged is what comes of it:
 - The same command goes on with a run that was broken off, without a word on stderr, to a state and
   metrics that are bit for bit those of a run that nobody disturbed, and leaves nothing unfinished.
 - A stop ends every host with exit status 0 and a line at most, within 30 seconds.
+- The host that another one leaves behind says so and ends, within five minutes.
 - A run without a disk ends with status 1 or 2 and two lines at most.
 - Bad input and damaged files are refused in one line with status 2 and nothing written, or are
   ignored rightly: then the run ends as ever.
@@ -375,7 +376,7 @@ def lose(runs: Runs, number: signal.Signals, host: int) -> Problem:
     finally:
         processes[host].kill()
         processes[host].communicate()
-    if status == 0 or f"host {host} has not been heard of" not in err:
+    if status == 0 or "the same command goes on" not in err:
         return f"status {status}: {err}"
     return runs.go_on(workdir, 2)
 

@@ -25,6 +25,7 @@ MAX_REASON = 4096  # bytes of a refusal's line that the other hosts see
 REASONS = "why_a_host_ended/"  # what the coordinator keeps them under
 BEATS = "beats/"  # and under which each host counts the seconds
 SILENCE = 10.0  # seconds without a beat after which a host is said to be missing
+AFTERWARDS = "where one is gone, all end within minutes, and the same command goes on"
 
 
 def connect_hosts(distributed: bool, name: str) -> None:
@@ -108,8 +109,8 @@ def ended_together(distributed: bool, where: Callable[[], str] = lambda: "") -> 
     """Ends all hosts where one fails in the block, in which they may wait for each other.
 
     The one that fails leaves its reason with the coordinator. The others look there every second,
-    say it and exit with status 2: a host that waits for another in a program cannot be told. Of one
-    that falls silent they say so, and `where` that was, such as ", at step 3"; JAX ends them later.
+    say it and exit with status 2: a host that waits for another in a program cannot be told. Where
+    one is lost the others say so, and `where` that was, such as ", at step 3"; JAX ends them later.
     """
     if not distributed:
         yield
@@ -133,11 +134,7 @@ def ended_together(distributed: bool, where: Callable[[], str] = lambda: "") -> 
                 jax.distributed.shutdown()  # in which the one that fails waits for the others
                 os._exit(2)
             for host in silent - missing:
-                warn(
-                    f"{host} has not been heard of for {SILENCE:.0f} s{where()}; if it is gone, "
-                    "this one ends in a minute or two; the same command goes on from the newest "
-                    "checkpoint"
-                )
+                warn(f"{host} has not been heard of for {SILENCE:.0f} s{where()}; {AFTERWARDS}")
             missing = silent
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -148,6 +145,8 @@ def ended_together(distributed: bool, where: Callable[[], str] = lambda: "") -> 
         raise
     except Exception as error:
         left.set()
+        if isinstance(error, jax.errors.JaxRuntimeError):  # a host may be gone
+            warn(f"{jax.process_index()}: {one_line(error)[:120]}{where()}; {AFTERWARDS}")
         coordinator.key_value_set(f"{REASONS}{jax.process_index()}", reason_of(error))
         raise
     finally:
