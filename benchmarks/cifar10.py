@@ -6,8 +6,8 @@ samples: the share that it puts in the class that was asked for; the Frechet dis
 features to those of the training images, which is no FID; the median distance of features to the
 nearest training image's, over that of test images (neighbours); and the share that is nearer to a
 training image than 95 % of test images are (near copies). --out is a picture of samples, each
-before its nearest training images, from the sample that is nearest to one to the farthest; behind
-each is its distance to the first, in medians of test images.
+before its nearest training images, from the sample that is nearest to one to the farthest; a row is
+named after the distance from its sample to the first of them, in medians of test images.
 
 With the Inception weights that pytorch-fid publishes, --inception FILE, the published protocol of
 FID follows: 50,000 samples against the training images, with three seeds from --seed on, of each
