@@ -6,12 +6,12 @@ samples: the share that it puts in the class that was asked for; the Frechet dis
 features to those of the training images, which is no FID; the median distance of features to the
 nearest training image's, over that of test images (neighbours); and the share that is nearer to a
 training image than 95 % of test images are (near copies). --out is a picture of samples, each
-before its nearest training images, from the sample that is nearest to one to the farthest; behind
-each is its distance to the first, in medians of test images.
+before its nearest training images, from the sample that is nearest to one to the farthest; a row is
+named after the distance from its sample to the first of them, in medians of test images.
 
 With the Inception weights that pytorch-fid publishes, --inception FILE, the published protocol of
-FID follows: 50,000 samples against the training images, with three seeds from --seed on, by the
-evaluation's sampler and steps unless others are asked for.
+FID follows: 50,000 samples against the training images, with three seeds from --seed on, of each
+average that the run keeps, by the evaluation's sampler and steps unless others are asked for.
 """
 
 import dataclasses
@@ -119,7 +119,9 @@ def save_neighbours(path: str, images: np.ndarray) -> None:
 
 
 def score_by_protocol(options: Options, config: Config) -> None:
-    """Prints FID and its kin of 50,000 samples with each of three seeds. Raises InputError."""
+    """Prints FID and its kin of 50,000 samples with each of three seeds, for each average that the
+    run keeps unless one is asked for. Raises InputError.
+    """
     sampler, steps = config.protocol
     request = dataclasses.replace(
         sample_request(options),
@@ -127,26 +129,37 @@ def score_by_protocol(options: Options, config: Config) -> None:
         sampler=options.sampler or sampler,
         steps=options.steps or steps,
     )
-    weights = (
-        f"average of decay {config.optim.averages['ema']:g}" if request.ema else "last weights"
-    )
     print(
-        f"\nFID of {FID_SAMPLES:,} samples: {weights}, {request.sampler} in {request.steps} steps, "
-        f"guidance {request.guidance:g}, {request.labels} labels"
+        f"\nFID of {FID_SAMPLES:,} samples by {request.sampler} in {request.steps} steps, guidance "
+        f"{request.guidance:g}, {request.labels} labels"
     )
-    scores = []
+    all_averages = options.ema and options.ema_decay is None
+    decays = config.optim.averages.values() if all_averages else [options.ema_decay]
     with tempfile.TemporaryDirectory() as folder:
-        samples, reference = f"{folder}/samples.npz", f"{folder}/reference.npz"
-        for seed in range(options.seed, options.seed + FID_SEEDS):
-            print(f"seed {seed}")
-            sample.run(dataclasses.replace(request, seed=seed, out=samples))
-            is_first = seed == options.seed
-            kept = dict(reference="cifar10", save_reference=reference)
-            source = kept if is_first else dict(reference=reference)
-            scores.append(run_fid(Fid(samples, inception=options.inception, **source)))
-    fids = np.array([score["fid"] for score in scores])
-    spread = f"from {fids.min():.2f} to {fids.max():.2f}"
-    print(f"FID over {FID_SEEDS} seeds: mean {fids.mean():.2f}, {spread}")
+        for decay in decays:
+            weights = f"average of decay {decay:g}" if options.ema else "last weights"
+            fids = fids_of_seeds(
+                dataclasses.replace(request, ema_decay=decay), options.inception, folder
+            )
+            spread = f"from {min(fids):.2f} to {max(fids):.2f}"
+            print(f"{weights}, {FID_SEEDS} seeds: FID {np.mean(fids):.2f}, {spread}")
+
+
+def fids_of_seeds(request: sample.Sample, inception: str, folder: str) -> list[float]:
+    """FID with each seed. The folder keeps the statistics of the training images."""
+    samples, reference = f"{folder}/samples.npz", f"{folder}/reference.npz"
+    fids = []
+    for seed in range(request.seed, request.seed + FID_SEEDS):
+        sample.run(dataclasses.replace(request, seed=seed, out=samples))
+        is_kept = Path(reference).is_file()
+        fid = Fid(
+            samples,
+            reference=reference if is_kept else "cifar10",
+            inception=inception,
+            save_reference=None if is_kept else reference,
+        )
+        fids.append(run_fid(fid)["fid"])
+    return fids
 
 
 def sample_request(options: Options) -> sample.Sample:

@@ -207,8 +207,11 @@ def test_the_loss_gives_the_network_every_original_time_and_no_other():
         return jnp.zeros((*x.shape[:-1], 2))
 
     x, condition = jnp.zeros((700, 1, 1, 1)), {"y": jnp.zeros(700, int)}
-    DDPM(50).respaced(7).loss(network, jax.random.key(0), x, condition)
-    assert set(np.asarray(seen[0])) == {0, 8, 16, 24, 33, 41, 49}
+    _, parts = DDPM(50).respaced(7).loss(network, jax.random.key(0), x, condition)
+    times = np.asarray(seen[0])
+    assert set(times) == {0, 8, 16, 24, 33, 41, 49}
+    assert float(parts["loss_quarter_1_share"]) == pytest.approx((times <= 8).mean())
+    assert float(parts["loss_quarter_4_share"]) == pytest.approx((times == 49).mean())
 
 
 def test_the_loss_gives_the_network_the_whole_condition():

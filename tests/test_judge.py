@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from functools import partial
+from pathlib import Path
 
 import cifar10
 import classifier
@@ -267,33 +268,41 @@ def test_cifar10_prints_figures_and_draws_neighbours(tmp_path, capsys, cifar, mo
     assert ratios == sorted(ratios) and seen["path"] == str(folder / "x.png")
 
 
-def test_fid_is_of_50000_samples_by_the_protocol_with_three_seeds(tmp_path, capsys, monkeypatch):
+def test_fid_is_of_50000_samples_by_the_protocol_with_three_seeds(capsys, monkeypatch):
     drawn, scored = [], []
 
     def run_fid(request):
         scored.append(request)
+        if request.save_reference:
+            Path(request.save_reference).touch()
         return {"fid": float(len(scored))}
 
     monkeypatch.setattr(cifar10.sample, "run", drawn.append)
     monkeypatch.setattr(cifar10, "run_fid", run_fid)
     options = cifar10.Options("run", seed=5, guidance=1.5, inception="weights")
-    config = tiny_config(objective=dict(num_steps=1000))
+    config = tiny_config(objective=dict(num_steps=1000), optim=dict(ema_decay=(0.99, 0.9)))
     cifar10.score_by_protocol(options, config)
-    assert [request.seed for request in drawn] == [5, 6, 7]
+    assert [(request.ema_decay, request.seed) for request in drawn] == [
+        (decay, seed) for decay in (0.99, 0.9) for seed in (5, 6, 7)
+    ]
     for request in drawn:
         assert (request.num_samples, request.guidance) == (50_000, 1.5)
         assert (request.sampler, request.steps) == ("ddpm", 250)
-    assert [request.reference for request in scored[1:]] == [scored[0].save_reference] * 2
+    assert [request.reference for request in scored[1:]] == [scored[0].save_reference] * 5
     assert scored[0].reference == "cifar10" and scored[0].split == "train"
     printed = capsys.readouterr().out
-    assert "average of decay 0.99, ddpm in 250 steps, guidance 1.5, random labels" in printed
-    assert "mean 2.00, from 1.00 to 3.00" in printed
+    assert "50,000 samples by ddpm in 250 steps, guidance 1.5, random labels" in printed
+    assert "average of decay 0.99, 3 seeds: FID 2.00, from 1.00 to 3.00" in printed
+    assert "average of decay 0.9, 3 seeds: FID 5.00, from 4.00 to 6.00" in printed
 
-    drawn.clear()
-    asked = dataclasses.replace(options, sampler="ddim", steps=7, labels="balanced", ema=False)
-    cifar10.score_by_protocol(asked, config)
-    assert {(request.sampler, request.steps) for request in drawn} == {("ddim", 7)}
-    assert "last weights, ddim in 7 steps, guidance 1.5, balanced labels" in capsys.readouterr().out
+    for weights, words in [(dict(ema_decay=0.9), "decay 0.9,"), (dict(ema=False), "last weights,")]:
+        drawn.clear()
+        asked = dict(sampler="ddim", steps=7, labels="balanced") | weights
+        cifar10.score_by_protocol(dataclasses.replace(options, **asked), config)
+        assert [(request.sampler, request.steps) for request in drawn] == [("ddim", 7)] * 3
+        printed = capsys.readouterr().out
+        assert "ddim in 7 steps, guidance 1.5, balanced labels" in printed
+        assert words in printed and printed.count("3 seeds") == 1
 
 
 @pytest.mark.parametrize(
