@@ -171,8 +171,8 @@ def metrics_of(workdir: Path) -> list[dict]:
 
 
 def lines_of(err: str) -> list[str]:
-    """What a command says on stderr, without gloo's greetings."""
-    return [line for line in err.splitlines() if not line.startswith("[Gloo]")]
+    """What a command says on stderr, without gloo's greetings and the progress of a reference."""
+    return [line for line in err.splitlines() if not line.startswith(("[Gloo]", "image "))]
 
 
 # Commands in this process

@@ -314,12 +314,13 @@ class Checkpoints:
 def silence_orbax() -> None:
     """Keeps off stderr the tracebacks that it has for each part where one fails."""
 
-    def report(kind: type, error: BaseException, trace: Any) -> None:
-        if str(error) != "Event loop is closed":  # to which the other parts still answer
-            sys.__excepthook__(kind, error, trace)
+    def report(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # to which the others still answer
+            sys.__unraisablehook__(unraisable)
 
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    sys.excepthook = report
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = report
 
 
 def num_bytes(tree: Any) -> int:

@@ -374,14 +374,13 @@ def test_a_state_of_another_size_or_step_is_refused(copy):
 
 
 @pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
-def test_arrays_that_orbax_cannot_read_are_refused_in_one_line(copy, capfd, name):
+def test_arrays_that_orbax_cannot_read_are_refused_in_one_line(copy, name):
     workdir, _ = copy
     (folder(workdir, 20) / "ema" / name).write_text("{}")
     seal(folder(workdir, 20))
     with pytest.raises(InputError, match=f"^{folder(workdir, 20)}/ema: ") as refusal:
         checkpoint.load(workdir)
     assert "\n" not in str(refusal.value)
-    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[]", b"\xff", b'{"commit_timestamp_nsecs": "x"}'])
