@@ -153,7 +153,7 @@ def refusals(folder: Path, run: Path) -> dict:
     of_run, of_file = dict(workdir=str(run)), dict(workdir=str(folder / "file/run"))
     answers = {
         "a missing data set": of_train(1, data=dict(name="nowhere")),
-        "a run of another config": of_train(1, train=of_run, optim=dict(learning_rate=0.5)),
+        "a run of another config": of_train(1, train=of_run, optim=dict(beta1=0.5)),
         "missing weights": of_train(0, eval=dict(every=1)),
         "a workdir of its own": of_train(1, train=of_run),
         "a workdir that cannot be written": of_train(1, "made by host 0", train=of_file),

@@ -259,7 +259,7 @@ def test_guidance_sends_nothing_between_devices_at_any_step():
     condition = generation.make_condition(np.arange(16) % 10, config)
     inputs = place_rows((condition, np.arange(16)), 16, mesh)
     with jax.set_mesh(mesh):
-        lowered = sample.lower(awake_model(), None, *inputs, np.uint32(0), 2.0, None)
+        lowered = sample.lower(awake_model(), None, *inputs, np.uint32(0), 2.0, None, None)
     sent = collectives(lowered.compile().as_text())
     assert [each.shapes for each in sent] == [("u8[16,8,8,1]",)], "the images, when they are made"
 

@@ -187,7 +187,7 @@ def test_two_and_four_hosts_share_the_samples_and_the_latents(folder, two, four,
 
 REFUSALS = {  # of one of two hosts: which, and why
     "a missing data set": (1, "data.name: 'nowhere' should be `digits` or a TFDS data set"),
-    "a run of another config": (1, "optim.learning_rate: 0.5, where 0.001 is stored"),
+    "a run of another config": (1, "optim.beta1: 0.5, where 0.9 is stored"),
     "missing weights": (0, "stand-in: should be a file of weights, and there is none"),
     "samples of no checkpoint": (1, "should hold an intact checkpoint"),
     "samples in no style": (0, "--style: 'nowhere.png' should be a picture"),

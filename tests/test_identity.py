@@ -14,6 +14,7 @@ from flax import nnx
 from dit import cli, identity, normalization
 from dit import model as dit_model
 from dit.identity import AWAKE, GROUPS, deviations, reached, report, waking
+from dit.signals import StopRequest
 from dit.state import make_model
 
 TINY = ["--model.hidden-size", "20", "--model.depth", "2", "--model.num-heads", "5"]
@@ -111,6 +112,8 @@ def test_the_command_answers_by_its_exit_status(
 ):
     argv = ["identity.py", *preset.split(), *TINY, "--model.conditioning", design]
     monkeypatch.setattr(sys, "argv", argv)
+    # it would end this process at the next signal, which other tests send
+    monkeypatch.setattr(StopRequest, "end_at_once", lambda self, prog: self)
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(identity.__file__, run_name="__main__")
     output = capsys.readouterr().out

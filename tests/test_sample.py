@@ -386,7 +386,7 @@ def test_options_that_cannot_be_are_refused(refused, run, tmp_path, monkeypatch,
 
 def test_the_folder_of_a_vae_is_asked_for_where_the_model_makes_latents():
     config = tiny_config(data=dict(latents="x", image_size=64))
-    options = sample.complete(sample.Sample("x"), config)
+    options = sample.complete(sample.Sample("."), config)
     with pytest.raises(InputError, match="^--vae: None should be the folder of a VAE: the model"):
         sample.check(options, config)
 

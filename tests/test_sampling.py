@@ -70,7 +70,7 @@ def test_ddim_converges_to_the_flow_at_first_order():
         x = sampling.ddim(d, gaussian_denoiser(d), keys(7), SHAPE, n)
         errors.append(float(jnp.abs(x - exact).max()))
     orders = np.log2(np.array(errors[:-1]) / errors[1:])
-    assert errors[-1] < 0.06
+    assert errors[-1] < 0.08
     assert (np.abs(orders - 1) < 0.1).all(), orders
 
 
