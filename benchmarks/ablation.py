@@ -29,7 +29,7 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dit import checkpoint, cli, generate
+from dit import checkpoint, cli, generation
 from dit.config import AtLeastTwo, Config, Objective, PositiveInt, Range, replace
 from dit.model import BLOCKS, AdaLNZeroBlock, multiply_adds
 from dit.normalization import Modulation, xavier
@@ -57,9 +57,9 @@ class XavierBlock(AdaLNZeroBlock):
 
 
 def muon(schedule: optax.Schedule, b1: float, b2: float, weight_decay: float):
-    """Muon for the blocks' kernels `[L, in, out]`, each layer's apart, and AdamW for the rest.
+    """Muon for the blocks' kernels `[L, in, out]`, each layer's apart.
 
-    Its updates are as large as Adam's, so that one learning rate serves both (arXiv 2502.16982).
+    The rest is Adam's, with Nesterov's momentum. Its updates are as large as Adam's, so that one learning rate serves both (arXiv 2502.16982).
     """
 
     def axes(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
@@ -181,9 +181,9 @@ def judge(config: Config, samples: int) -> dict[str, np.ndarray]:
     """Each figure of the judge at each checkpoint of a run."""
     mesh = local_mesh()
     labels = np.arange(samples) % config.data.num_classes
-    condition = generate.make_condition(labels, config)
+    condition = generation.make_condition(labels, config)
     sampler, steps = config.sampler, config.train.sample_steps
-    draw = generate.make_draw(config, mesh, condition, samples, sampler=sampler, steps=steps)
+    draw = generation.make_draw(config, mesh, condition, samples, sampler=sampler, steps=steps)
     figures: dict[str, list] = {}
     for step in sorted(checkpoint.steps(config.workdir)):
         model, _ = checkpoint.load(config.workdir, sharding=replicated(mesh), step=step)
