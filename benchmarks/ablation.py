@@ -59,8 +59,8 @@ class XavierBlock(AdaLNZeroBlock):
 def muon(schedule: optax.Schedule, b1: float, b2: float, weight_decay: float):
     """Muon for the blocks' kernels `[L, in, out]`, each layer's apart.
 
-    Its updates are as large as Adam's, so that one learning rate serves both (arXiv 2502.16982). The
-    rest is Adam's, with Nesterov's momentum.
+    Its updates are as large as Adam's, so that one learning rate serves both (arXiv 2502.16982).
+    The rest is Adam's, with Nesterov's momentum.
     """
 
     def axes(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
