@@ -137,7 +137,9 @@ def run(options: Sample) -> Path:
     model, config = checkpoint.load(workdir, ema, replicated(mesh), options.dtype, step)
     guide = None
     if options.guide_with:
-        guide, _ = checkpoint.load(options.guide_with, True, replicated(mesh), options.dtype)
+        folder = Path(options.guide_with)  # known to be intact
+        source, number = folder.parent.parent, int(folder.name)
+        guide, _ = checkpoint.load(source, True, replicated(mesh), options.dtype, number)
     draw = generation.make_draw(
         config,
         mesh,

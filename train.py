@@ -174,6 +174,19 @@ def compile_and_say(config: Config, mesh: jax.sharding.Mesh) -> Callable:
     return step
 
 
+def open_run(config: Config) -> tuple[Config, jax.sharding.Mesh, Dataset, int, list[str]]:
+    """What a run needs before it can begin. Writes nothing. Raises InputError.
+
+    The config with its data's number of classes, the mesh, the data, the step to go on from, and a
+    line on each damaged checkpoint.
+    """
+    mesh = make_mesh(config)
+    check_block(config.model.conditioning, config.data.mask_classes)
+    dataset = open_dataset(config.data)
+    config = with_num_classes(config, dataset)
+    return config, mesh, dataset, *resume.step_to_resume(config, dataset)
+
+
 def first_state(
     config: Config, mesh: jax.sharding.Mesh, start: int, weights: dict[str, jax.Array]
 ) -> State:
@@ -255,11 +268,7 @@ def train(config: Config, stop: StopRequest | None = None) -> State:
     distributed = config.mesh.distributed
     connect_hosts(distributed, "mesh.distributed")
     with refused_together(distributed):
-        mesh = make_mesh(config)
-        check_block(config.model.conditioning, config.data.mask_classes)
-        dataset = open_dataset(config.data)
-        config = with_num_classes(config, dataset)
-        start, damaged = resume.step_to_resume(config, dataset)
+        config, mesh, dataset, start, damaged = open_run(config)
     require_same(distributed, "train.workdir", str(config.workdir), f"step {start}")
     for line in damaged:
         say(line)
@@ -350,11 +359,7 @@ def dry_run(config: Config, stop: StopRequest | None = None) -> None:
     for section in ("model", "objective", "data", "optim", "mesh", "train", "eval"):
         fields = dataclasses.asdict(getattr(config, section))
         say(f"{section}: " + ", ".join(f"{name} {value!r}" for name, value in fields.items()))
-    mesh = make_mesh(config)
-    check_block(config.model.conditioning, config.data.mask_classes)
-    dataset = open_dataset(config.data)
-    config = with_num_classes(config, dataset)
-    start, _ = resume.step_to_resume(config, dataset)
+    config, mesh, dataset, start, _ = open_run(config)
     weights = resume.load_weights(config, mesh) if start == 0 else {}
     unscored = replace(config, eval=dict(every=0))  # an evaluation would take long
     _, draw_grid, _ = make_judges(unscored, dataset, mesh, check_stop)

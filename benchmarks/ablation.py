@@ -13,7 +13,6 @@ kept beside the plot and are resumed.
 """
 
 import contextlib
-import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,9 +30,9 @@ from matplotlib.figure import Figure
 
 from dit import checkpoint, cli, generation
 from dit.config import AtLeastTwo, Config, Objective, PositiveInt, Range, replace
+from dit.log import read_metrics
 from dit.model import BLOCKS, AdaLNZeroBlock, multiply_adds
 from dit.normalization import Modulation, xavier
-from dit.sharding import local_mesh, replicated
 from train import train
 
 FOLDER = Path("runs/ablation")
@@ -173,22 +172,19 @@ def run(study: str, name: str, options: Options, seed: int) -> Curves:
     with STUDIES[study][name].patch:
         state = train(config)
         figures = judge(config, options.samples)
-    lines = (config.workdir / "metrics.jsonl").read_text().splitlines()
-    losses = [(row["step"], row["loss"]) for row in map(json.loads, lines)]
+    rows = read_metrics(config.workdir / "metrics.jsonl")
+    losses = [(row["step"], row["loss"]) for _, row in rows]
     return Curves(np.array(losses), figures, multiply_adds(state.model) / 1e9)
 
 
 def judge(config: Config, samples: int) -> dict[str, np.ndarray]:
     """Each figure of the judge at each checkpoint of a run."""
-    mesh = local_mesh()
     labels = np.arange(samples) % config.data.num_classes
-    condition = generation.make_condition(labels, config)
-    sampler, steps = config.sampler, config.train.sample_steps
-    draw = generation.make_draw(config, mesh, condition, samples, sampler=sampler, steps=steps)
     figures: dict[str, list] = {}
     for step in sorted(checkpoint.steps(config.workdir)):
-        model, _ = checkpoint.load(config.workdir, sharding=replicated(mesh), step=step)
-        for name, figure in JUDGES[config.data.name](draw(model, None, 0), labels).items():
+        model, _ = checkpoint.load(config.workdir, step=step)
+        images = generation.generate(model, config, labels)
+        for name, figure in JUDGES[config.data.name](images, labels).items():
             figures.setdefault(name, []).append((step, figure))
     return {name: np.array(rows) for name, rows in figures.items()}
 
