@@ -27,7 +27,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from dit import cli
+from dit import cli, heap
 from dit.config import Config, Stopped, Unsaved, replace, require
 from dit.hosts import (
     AnyHost,
@@ -58,7 +58,7 @@ if __name__ == "__main__":  # --help and bad input are answered before jax is im
     joins = cli.joins_hosts(sys.argv[1:])
     STOP.entered = joins  # hosts stop together
     cli.use_compilation_cache()
-    cli.keep_freed_memory()
+    heap.keep_freed_memory()
     with cli.exit_status("train.py"), command_refused_together(joins):
         COMMAND = parse(sys.argv[1:])
 
@@ -429,5 +429,6 @@ def save_once(config: Config, dataset: Dataset, state: State) -> None:
 
 
 if __name__ == "__main__":
+    heap.fill_holes_after_compiling()
     with cli.exit_status("train.py"):
         (dry_run if COMMAND.dry_run else train)(COMMAND.config, STOP)

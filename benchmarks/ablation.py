@@ -13,6 +13,7 @@ kept beside the plot and are resumed.
 """
 
 import contextlib
+import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -135,6 +136,7 @@ class Options:
     studies: tyro.conf.Positional[tuple[Literal[tuple(STUDIES)], ...]] = ()  # all, where none
     preset: Literal["digits", "digits_flow", "cifar10_tiny"] = "digits"
     steps: Steps = 1000  # training steps of each run
+    split: str = "train"  # images to train on, such as train[:25%]
     seeds: PositiveInt = 3  # runs of each arm
     samples: AtLeastTwo = 1000  # samples drawn; more than an image has values, for their covariance
 
@@ -149,10 +151,11 @@ class Curves(NamedTuple):
 
 
 def config_of(study: str, name: str, options: Options, seed: int) -> Config:
-    words = name.replace(", ", "-").replace(" ", "-")
+    words = f"{options.preset} {study} {options.split} {name} {seed}"
     config = replace(cli.load_preset(options.preset), **STUDIES[study][name].changes)
     return replace(
         config,
+        data=dict(split=options.split),
         train=dict(
             steps=options.steps,
             seed=seed,
@@ -161,7 +164,7 @@ def config_of(study: str, name: str, options: Options, seed: int) -> Config:
             keep_last=POINTS,
             sampler=None,
             sample_steps=FORWARDS // 2 if config.objective.name == "flow" else FORWARDS,
-            workdir=str(FOLDER / f"{options.preset}-{study}-{words}-{seed}"),
+            workdir=str(FOLDER / re.sub(r"[^\w.]+", "-", words)),
         ),
     )
 
@@ -184,7 +187,8 @@ def judge(config: Config, samples: int) -> dict[str, np.ndarray]:
     for step in sorted(checkpoint.steps(config.workdir)):
         model, _ = checkpoint.load(config.workdir, step=step)
         images = generation.generate(model, config, labels)
-        for name, figure in JUDGES[config.data.name](images, labels).items():
+        judged = JUDGES[config.data.name](images, labels, config.data.split)
+        for name, figure in judged.items():
             figures.setdefault(name, []).append((step, figure))
     return {name: np.array(rows) for name, rows in figures.items()}
 
@@ -195,7 +199,9 @@ def judge(config: Config, samples: int) -> dict[str, np.ndarray]:
 def print_table(study: str, results: dict[str, list[Curves]], options: Options) -> None:
     device = jax.devices()[0].device_kind
     columns = ["G multiply-adds", "loss", *next(iter(results.values()))[0].figures]
-    print(f"\n{options.preset}, {options.steps} steps, {options.seeds} seeds, {device}\n")
+    images = "" if options.split == "train" else f" on {options.split}"
+    runs = f"{options.steps} steps{images}, {options.seeds} seeds"
+    print(f"\n{options.preset}, {runs}, {device}\n")
     print(f"| {study} | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
     for name, runs in results.items():

@@ -58,42 +58,52 @@ class Cifar10(NamedTuple):
     classifier: Classifier
     unit: np.ndarray  # of the features
     real: Real
-    images: np.ndarray  # the training images
+    images: np.ndarray  # those that the model was trained on
     test_features: np.ndarray
     accuracy: float  # on test images
 
 
 @cache
-def real_images() -> Cifar10:
-    training = open_dataset(tfds_config("cifar10", "train", 32)).records
-    test = open_dataset(tfds_config("cifar10", "test", 32)).records
-    return make_judge(training.images, training.labels, test.images, test.labels)
+def real_images(split: str) -> Cifar10:
+    """For a model that was trained on a split. Raises InputError."""
+    training, test, seen = (
+        open_dataset(tfds_config("cifar10", name, 32)).records for name in ("train", "test", split)
+    )
+    return make_judge(training.images, training.labels, test.images, test.labels, seen.images)
 
 
 def make_judge(
-    images: np.ndarray, labels: np.ndarray, test_images: np.ndarray, test_labels: np.ndarray
+    images: np.ndarray,
+    labels: np.ndarray,
+    test_images: np.ndarray,
+    test_labels: np.ndarray,
+    seen: np.ndarray,
 ) -> Cifar10:
+    """The judge of a model that was trained on the images `seen`."""
     classifier = load_or_train(images, labels)
     features, _ = classify(classifier, images)
+    seen_features, _ = classify(classifier, seen)
     test_features, predicted = classify(classifier, test_images)
     unit = np.sqrt(features.var(axis=0).mean())
-    features, test_features = features / unit, test_features / unit
-    distances = nearest(test_features, features)[0][:, 0]
-    real = Real(gaussian_of(features), features, distances)
+    features, seen_features, test_features = (
+        some / unit for some in (features, seen_features, test_features)
+    )
+    distances = nearest(test_features, seen_features)[0][:, 0]
+    real = Real(gaussian_of(features), seen_features, distances)
     accuracy = float((predicted == test_labels).mean())
-    return Cifar10(classifier, unit, real, images, test_features, accuracy)
+    return Cifar10(classifier, unit, real, seen, test_features, accuracy)
 
 
-def judge(images: np.ndarray, labels: np.ndarray) -> Figures:
-    """The figures of uint8 images `[N, 32, 32, 3]` and the labels that they were asked for."""
-    cifar10 = real_images()
+def judge(images: np.ndarray, labels: np.ndarray, split: str) -> Figures:
+    """The figures of uint8 images `[N, 32, 32, 3]` of a model that was trained on a split."""
+    cifar10 = real_images(split)
     features, predicted = classify(cifar10.classifier, images)
     return judge_features(features / cifar10.unit, predicted, labels, cifar10.real)
 
 
-def figures_of_test_images(count: int) -> Figures:
+def figures_of_test_images(count: int, split: str) -> Figures:
     """The figures of `count` test images, or of all 10,000 if they are fewer."""
-    cifar10 = real_images()
+    cifar10 = real_images(split)
     features, rng = cifar10.test_features, np.random.default_rng(0)
     count = min(count, len(features))
     chosen = [rng.choice(features, count, replace=False) for _ in range(DRAWS)]
@@ -106,9 +116,9 @@ def figures_of_test_images(count: int) -> Figures:
     }
 
 
-def save_neighbours(path: str, images: np.ndarray) -> None:
+def save_neighbours(path: str, images: np.ndarray, split: str) -> None:
     """Writes a picture: samples, from the nearest to a training image on, each before those."""
-    cifar10 = real_images()
+    cifar10 = real_images(split)
     features, _ = classify(cifar10.classifier, images)
     distances, indices = nearest(features / cifar10.unit, cifar10.real.training, NEIGHBOURS)
     order = np.argsort(distances[:, 0])
@@ -188,17 +198,18 @@ def main() -> None:
         options = dataclasses.replace(options, out=str(workdir / options.out))
     config = checkpoint.stored_config(workdir, step)
     check(options, config)
-    accuracy = real_images().accuracy
+    split = config.data.split
+    accuracy = real_images(split).accuracy
     print(f"accuracy of the classifier on real test images: {accuracy:.1%}", flush=True)
     images, labels = draw(sample_request(options))
     print_table(
         {
-            "real test images": figures_of_test_images(len(images)),
-            f"{len(images):,} samples": judge(images, labels),
+            "real test images": figures_of_test_images(len(images), split),
+            f"{len(images):,} samples": judge(images, labels, split),
         },
         "the small classifier's features, which is no FID",
     )
-    save_neighbours(options.out, images)
+    save_neighbours(options.out, images, split)
     say(f"wrote {options.out}")
     if options.inception is not None:
         score_by_protocol(options, config)

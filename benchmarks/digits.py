@@ -66,14 +66,14 @@ def real_digits(split: str) -> Digits:
     return Digits(rows[judges], labels[judges], classifier, real, len(unseen) == 0)
 
 
-def judge(images: np.ndarray, labels: np.ndarray, split: str = "train") -> Figures:
+def judge(images: np.ndarray, labels: np.ndarray, split: str) -> Figures:
     """The figures of uint8 digits `[N, 8, 8, 1]` of a model that was trained on a split."""
     digits = real_digits(split)
     rows = pixel_rows(images)
     return judge_features(rows, digits.classifier.predict(rows), labels, digits.real)
 
 
-def figures_of_real_digits(count: int, split: str = "train") -> Figures:
+def figures_of_real_digits(count: int, split: str) -> Figures:
     """The figures of real digits, to hold those of `count` samples against."""
     digits = real_digits(split)
     folds = KFold(10, shuffle=True, random_state=0)

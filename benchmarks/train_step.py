@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import tyro
 from table import Row, make_row, report
 
-from dit import cli
+from dit import cli, heap
 from dit.chips import GIB
 from dit.config import Config, PositiveInt, replace, require
 
@@ -145,7 +145,8 @@ def measure(config: Config, side: str, peer: str, steps: int) -> Figures:
     """The figures of one side, empty if it does not fit. Before either library is imported."""
     if side == "ours":
         cli.use_compilation_cache()
-        cli.keep_freed_memory()
+        heap.keep_freed_memory()
+        heap.fill_holes_after_compiling()
         from machine import product_rate
     else:
         os.environ["JAX_PLATFORMS"] = "cpu"  # the GPU is PyTorch's

@@ -6,7 +6,6 @@ line on stderr.
 """
 
 import contextlib
-import ctypes
 import functools
 import importlib.util
 import io
@@ -231,20 +230,3 @@ def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, unless JAX's own variables say where."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-
-
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's numbers, from malloc.h
-
-
-def keep_freed_memory() -> None:
-    """Has glibc, where it is C's library, hold what a program frees for what it allocates next.
-
-    Otherwise the temporaries of a step on a CPU come from the kernel and go back to it every time,
-    a quarter of the time of `cifar10_tiny`. A process holds up to twice as much memory. To be
-    called before jax is imported, whose threads would have heaps of their own.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(M_TRIM_THRESHOLD, -1)  # never given back
-        mallopt(M_MMAP_MAX, 0)  # none mapped on its own
-        mallopt(M_ARENA_MAX, 1)  # one heap for all threads

@@ -427,29 +427,6 @@ def test_programs_are_cached_unless_jaxs_variables_say_where(monkeypatch):
     assert float(os.environ[names[1]]) < 1
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
-def test_freed_memory_is_kept_for_what_is_allocated_next():
-    program = """
-import resource, sys
-from dit import cli
-if sys.argv[1] == "kept":
-    cli.keep_freed_memory()
-import numpy as np
-for _ in range(5):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    np.ones(2**23)  # 64 MiB, 16,384 pages or 32 huge ones
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults)
-"""
-
-    def faults(how: str) -> int:
-        command = [sys.executable, "-c", program, how]
-        return int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
-
-    assert faults("kept") == 0
-    assert faults("as ever") > 0
-
-
 # Signals
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import cifar10
@@ -104,7 +104,7 @@ def test_a_run_on_half_the_digits_is_judged_by_the_others(halves):
 
 
 def test_the_frechet_distance_of_real_digits_falls_with_their_number():
-    few, many = (digits.figures_of_real_digits(n)["frechet_distance"] for n in (500, 2000))
+    few, many = (digits.figures_of_real_digits(n, "train")["frechet_distance"] for n in (500, 2000))
     assert few / many == pytest.approx(4, rel=0.15)
     whole, half = (digits.figures_of_real_digits(1000, split) for split in ("train", HALF))
     assert whole["frechet_distance"] < 0.7 * half["frechet_distance"]
@@ -217,29 +217,37 @@ def test_a_classifier_is_trained_once_for_the_same_images(tmp_path, monkeypatch,
 def cifar(monkeypatch, trained):
     """Coloured squares in place of CIFAR-10: 500 to train on, 300 to test with."""
     monkeypatch.setattr(cifar10, "load_or_train", lambda images, labels: trained)
-    made = cifar10.make_judge(*coloured(500), *coloured(300, seed=1))
-    monkeypatch.setattr(cifar10, "real_images", lambda: made)
-    return made
+    images, labels = coloured(500)
+    seen = {"train": images, HALF: images[:250]}
+    made = cache(
+        lambda split: cifar10.make_judge(images, labels, *coloured(300, seed=1), seen[split])
+    )
+    monkeypatch.setattr(cifar10, "real_images", made)
+    return made("train")
 
 
 def test_test_images_have_the_figures_that_stand_beside_the_samples(cifar):
     images, labels = coloured(300, seed=1)
-    scores = cifar10.judge(images, labels)
-    expected = cifar10.figures_of_test_images(300)
+    scores = cifar10.judge(images, labels, "train")
+    expected = cifar10.figures_of_test_images(300, "train")
     assert scores["accuracy"] == expected["accuracy"] == cifar.accuracy > 0.9
     for name in ("frechet_distance", "neighbour_ratio"):
         assert scores[name] == pytest.approx(expected[name], rel=1e-3)
     assert scores["near_copies"] == pytest.approx(judge.NEAR, abs=0.005)
-    assert cifar10.figures_of_test_images(30)["frechet_distance"] > scores["frechet_distance"]
+    assert (
+        cifar10.figures_of_test_images(30, "train")["frechet_distance"] > scores["frechet_distance"]
+    )
 
 
 def test_training_images_are_copies_and_noise_is_far(cifar):
     images, labels = coloured(500)
-    copies = cifar10.judge(images, labels)
+    copies = cifar10.judge(images, labels, "train")
     assert copies["neighbour_ratio"] < 0.05 and copies["near_copies"] > 0.95
     assert copies["frechet_distance"] == pytest.approx(0, abs=1e-3)
+    half = cifar10.judge(images, labels, HALF)  # of a model that has seen half of them
+    assert 0.4 < half["near_copies"] < 0.6
     noise = np.random.default_rng(0).integers(0, 256, images.shape, np.uint8)
-    far = cifar10.judge(noise, labels)
+    far = cifar10.judge(noise, labels, "train")
     assert far["neighbour_ratio"] > 2 and far["near_copies"] < 0.05
     assert far["frechet_distance"] > 1 and far["accuracy"] < 0.3
 
@@ -256,7 +264,7 @@ def test_cifar10_prints_figures_and_draws_neighbours(tmp_path, capsys, cifar, mo
     )
     images, labels = judge.draw(cifar10.sample.Sample(str(folder), per_class=3, steps=2))
     assert len(images) == 30
-    expected = cifar10.judge(images, labels)
+    expected = cifar10.judge(images, labels, "train")
     assert table_of(printed)["30"][1] == f"{expected['frechet_distance']:.3f}"
     assert table_of(printed)["real"][0] == f"{cifar.accuracy:.1%}"
 

@@ -36,7 +36,7 @@ ROWS = [
     "dit.files",
     "dit.topology",
     "dit.chips dit.program",
-    "dit.cli dit.signals",
+    "dit.cli dit.heap dit.signals",
     "dit.config",
 ]
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row.split()}

@@ -1,0 +1,68 @@
+"""The C heap: what is freed is kept, and what a compiler leaves is not searched again."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dit import heap
+
+pytestmark = pytest.mark.skipif(heap.glibc() is None, reason="of glibc")
+
+
+def run_program(program: str, *words: str) -> str:
+    command = [sys.executable, "-c", program, *words]
+    return subprocess.run(command, capture_output=True, check=True, text=True).stdout
+
+
+def test_freed_memory_is_kept_for_what_is_allocated_next():
+    program = """
+import resource, sys
+from dit import heap
+if sys.argv[1] == "kept":
+    heap.keep_freed_memory()
+import numpy as np
+for _ in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(2**23)  # 64 MiB, 16,384 pages or 32 huge ones
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults)
+"""
+    assert int(run_program(program, "kept")) == 0
+    assert int(run_program(program, "as ever")) > 0
+
+
+def test_filled_holes_are_not_allocated_again():
+    program = """
+import sys
+from dit import heap
+heap.keep_freed_memory()
+libc = heap.glibc()
+sizes = [2**15 + 4099 * (i % 53) for i in range(1009)]
+blocks = [(libc.malloc(size), libc.malloc(31)) for size in sizes]  # 31 bytes are a wall
+end = max(wall for _, wall in blocks)
+for block, _ in blocks:
+    libc.free(block)
+if sys.argv[1] == "filled":
+    heap.fill_holes()
+print(sum(libc.malloc(size) < end for size in sizes[:499]))
+"""
+    assert int(run_program(program, "filled")) == 0
+    assert int(run_program(program, "as ever")) == 499
+
+
+def test_holes_are_filled_after_what_took_long_to_compile(monkeypatch):
+    filled = []
+    monkeypatch.setattr(heap, "fill_holes", lambda: filled.append(1))
+    heap.fill_holes_after_compiling()
+    try:
+        for shortest, expected in [(1e9, 0), (0.0, 1)]:
+            monkeypatch.setattr(heap, "LONG", shortest)
+            x = jnp.ones(7)
+            filled.clear()
+            jax.jit(lambda x, n=expected: x + n)(x)
+            assert len(filled) == expected
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heap.after_event)
