@@ -1,63 +1,67 @@
-"""What a healthy run looks like: python benchmarks/health.py PRESET [--seeds 3] [--steps 1000]
+"""What a healthy run looks like: python benchmarks/health.py RUN RUN ...
 
-Takes the first steps of a preset under several seeds. Prints the loss, the norm of its gradient and
-the loss by quarter of t, at some of the steps, mean and standard deviation over the seeds. Writes
-the band of the loss to configs/bands.json, and loss.png of every later run of this preset shows it:
-the mean, up and down by three times the seeds' relative deviation, a line's own or all lines' root
-mean square, whichever is more. A line is the mean over train.log_every steps. The runs' own files
-are in runs/health.
+The runs are of one recipe and of several seeds, as `python train.py digits --train.seed 1 --workdir
+runs/digits-1` makes them. Prints the loss, the norm of its gradient and the share of the loss that
+each quarter of t has, from image to noise, mean and standard deviation over the runs. Writes the
+band of the loss to configs/bands.json, and loss.png of every later run of this recipe shows it: the
+mean, up and down by three times the seeds' relative deviation, a line's own or all lines' root mean
+square, whichever is more. A line is the mean over train.log_every steps.
 """
 
-import contextlib
 import json
 import sys
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from statistics import NormalDist
 
 import jax
 import numpy as np
 import tyro
 
-from dit import cli
-from dit.config import AtLeastTwo, Config, PositiveInt, replace, require
-from dit.data import batches, open_dataset, with_num_classes
-from dit.log import Log, Metrics, read_metrics
-from dit.model import TRAINING_FLOPS, multiply_adds
-from dit.sharding import make_mesh, place_batch
-from dit.state import make_state
-from train import compile_train_step, is_due
+from dit import checkpoint, cli
+from dit.config import Config, LocalPath, Objective, require
+from dit.log import Metrics, read_metrics, recipe
 
-COLUMNS = ["loss", "grad_norm", *(f"loss_quarter_{k}" for k in (1, 2, 3, 4))]
+QUARTERS = [f"loss_quarter_{k}" for k in (1, 2, 3, 4)]
 STEPS = [n * 10**power for power in range(2, 7) for n in (1, 3, 5)]  # 100, 300, 500, 1000, ...
 BANDS = cli.CONFIGS / "bands.json"
 
 
 @dataclass(frozen=True)
 class Options:
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    seeds: AtLeastTwo = 3  # number of runs, each with a seed of its own
-    steps: PositiveInt | None = None  # steps of each run; None is all of the preset's
+    runs: tyro.conf.Positional[tuple[LocalPath, ...]]  # folders of runs that differ in their seeds
 
 
-def run(config: Config, steps: int) -> list[Metrics]:
-    """The lines of metrics that the first steps of a run leave."""
-    config.workdir.mkdir(parents=True, exist_ok=True)
-    dataset = open_dataset(config.data)
-    config = with_num_classes(config, dataset)
-    mesh = make_mesh(config)
-    state = make_state(config, mesh)
-    step_of = compile_train_step(config, mesh)
-    flops_per_image = TRAINING_FLOPS * multiply_adds(state.model)
-    logged = replace(config, train=dict(steps=steps))  # the steps of the progress bar
-    stream = batches(dataset, config.train.batch_size, config.train.seed, 0)
-    with contextlib.closing(stream), Log(logged, 0, flops_per_image, {}) as log:
-        for step in range(1, steps + 1):
-            state, metrics = step_of(state, place_batch(next(stream), mesh))
-            log.record(step, metrics)
-            if is_due(step, config.train.log_every, steps):
-                with log.paused():
-                    log.write(step)
-    return [row for _, row in read_metrics(config.workdir / "metrics.jsonl")]
+def open_runs(folders: tuple[str, ...]) -> tuple[Config, list[list[Metrics]]]:
+    """The config of the first run, and the lines of each. Raises InputError."""
+    require(len(folders) > 1, "runs", folders, "two or more, for their spread")
+    configs, runs = [], []
+    for folder in folders:
+        workdir, step, _ = checkpoint.find(Path(folder), option="runs")
+        configs.append(checkpoint.stored_config(workdir, step))
+        rows = [row for _, row in read_metrics(workdir / "metrics.jsonl")]
+        runs.append([row for row in rows if "loss" in row])  # the others are scores
+        steps = [[row["step"] for row in rows] for rows in (runs[0], runs[-1])]
+        is_alike = recipe(configs[0]) == recipe(configs[-1]) and steps[0] == steps[1]
+        require(is_alike, "runs", folder, f"of the recipe and the steps of {folders[0]!r}")
+    seeds = [config.train.seed for config in configs]
+    require(len(set(seeds)) == len(seeds), "train.seed", seeds, "another one in each run")
+    return configs[0], runs
+
+
+def shares_of_times(objective: Objective) -> np.ndarray:
+    """The shares of the samples whose times are in each quarter: `[4]`."""
+    if objective.name == "ddpm" or objective.times == "uniform":
+        return np.full(4, 0.25)
+    logits = NormalDist(objective.time_mean, objective.time_std)
+    edges = [0, *(logits.cdf(np.log(t / (1 - t))) for t in (0.25, 0.5, 0.75)), 1]
+    return np.diff(edges)
+
+
+def values_of(row: Metrics, shares: np.ndarray) -> list[float]:
+    """Loss, norm of its gradient, and the quarters' shares of the loss."""
+    parts = shares * [row.get(name, 0.0) for name in QUARTERS]
+    return [row["loss"], row["grad_norm"], *(parts / parts.sum())]
 
 
 def band_of(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -68,15 +72,16 @@ def band_of(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean / (1 + width), mean * (1 + width)
 
 
-def print_table(runs: list[list[Metrics]]) -> None:
-    print("\n| step | loss | gradient norm | loss in quarter 1 of t | 2 | 3 | 4 |")
-    print("|" + "---|" * (1 + len(COLUMNS)))
+def print_table(config: Config, runs: list[list[Metrics]]) -> None:
+    shares = shares_of_times(config.objective)
+    print("\n| step | loss | gradient norm | quarter 1 of t | 2 | 3 | 4 |\n" + "|---" * 7 + "|")
     for rows in zip(*runs, strict=True):
-        if rows[0]["step"] in STEPS or rows == tuple(lines[-1] for lines in runs):
-            values = np.array([[row.get(name, np.nan) for name in COLUMNS] for row in rows])
-            cells = zip(values.mean(axis=0), values.std(axis=0, ddof=1), strict=True)
-            words = [f"{mean:.3g} ± {deviation:.1g}" for mean, deviation in cells]
-            print(f"| {rows[0]['step']:,.0f} | {' | '.join(words)} |")
+        if rows[0]["step"] in STEPS or rows[0] is runs[0][-1]:
+            values = np.array([values_of(row, shares) for row in rows])
+            mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1)
+            cells = [f"{m:.3g} ± {d:.1g}" for m, d in zip(mean[:2], deviation[:2], strict=True)]
+            cells += [f"{m:.0%} ± {d:.0%}" for m, d in zip(mean[2:], deviation[2:], strict=True)]
+            print(f"| {rows[0]['step']:,.0f} | {' | '.join(cells)} |")
 
 
 def write_band(config: Config, runs: list[list[Metrics]]) -> None:
@@ -95,19 +100,11 @@ def write_band(config: Config, runs: list[list[Metrics]]) -> None:
 
 
 def main() -> None:
-    argv = sys.argv[1:]
-    options = cli.parse_preset(Options, argv, "benchmarks/health.py", __doc__, Options)
-    config = options.config.validate()
-    steps = options.steps or config.train.steps
-    require(steps <= config.train.steps, "--steps", steps, f"at most {config.train.steps}")
-    runs = []
-    for seed in range(1, options.seeds + 1):  # presets have 0
-        folder = f"runs/health/{config.name}-{seed}"
-        runs.append(run(replace(config, train=dict(seed=seed, workdir=folder)), steps))
-    print_table(runs)
+    options = cli.parse(Options, sys.argv[1:], "benchmarks/health.py", __doc__)
+    config, runs = open_runs(options.runs)
+    print_table(config, runs)
     every, device = config.train.log_every, jax.devices()[0].device_kind
-    print(f"\n{config.name}, {options.seeds} seeds, lines of {every} steps, {device}")
-    config = with_num_classes(config, open_dataset(config.data))
+    print(f"\n{config.name}, {len(runs)} seeds, lines of {every} steps, {device}")
     write_band(config, runs)
     print(f"wrote the band of its loss to {BANDS}")
 

@@ -1,8 +1,10 @@
 """The benchmarks' table, command line and curves. They time nothing here."""
 
+import dataclasses
 import json
 import sys
 from functools import partial
+from pathlib import Path
 
 import ablation
 import conftest
@@ -19,7 +21,7 @@ import train_step
 from conftest import awaken, tiny_config
 
 from dit import checkpoint, cli, log, sampling, sharding
-from dit.config import replace
+from dit.config import Objective, replace
 from dit.imagenet.diffusers import write_diffusers
 from dit.model import count_parameters
 from dit.state import make_init, make_model, make_objective
@@ -268,25 +270,52 @@ def test_the_curves_of_a_step():
 # health.py
 
 
-def test_the_band_is_around_the_losses_that_runs_of_any_seed_have(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory):
+    """Three runs that differ in their seeds."""
+    folders = [tmp_path_factory.mktemp("runs") / str(seed) for seed in (1, 2, 3)]
+    for seed, folder in enumerate(folders):
+        argv = ["--train.seed", str(seed), "--train.steps", "3", "--workdir", str(folder)]
+        conftest.run_train(*conftest.TINY, *argv)
+    return list(map(str, folders))
+
+
+def test_the_band_is_around_the_losses_that_runs_of_any_seed_have(
+    seeds, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(health, "BANDS", tmp_path / "bands.json")
     monkeypatch.setattr(log, "CONFIGS", tmp_path)
-    run(health, "health.py", *conftest.TINY, "--seeds", "2", "--steps", "3")
-    assert "\n| 3 | " in capsys.readouterr().out
-    conftest.run_train(*conftest.TINY, "--train.seed", "1", "--train.steps", "3", "--name", "other")
-    files = ["health/digits-1/metrics.jsonl", "other/metrics.jsonl"]
-    ours, theirs = (list(log.read_metrics(tmp_path / "runs" / name)) for name in files)
-    names = ["step", *health.COLUMNS]
-    for (_, row), (_, other) in zip(ours, theirs, strict=True):
-        assert [row.get(name) for name in names] == [other.get(name) for name in names]
+    run(health, "health.py", *seeds[:2])
+    last = capsys.readouterr().out.split("\n| 3 | ")[1].split(" |\n")[0].split(" | ")
+    shares = [float(cell.split("%")[0]) for cell in last[2:]]
+    assert len(shares) == 4 and sum(shares) == pytest.approx(100, abs=2)
 
-    config = checkpoint.stored_config(tmp_path / "runs/other", 3)
+    *_, other = seeds
+    config = checkpoint.stored_config(Path(other), 3)
     assert log.known_band(replace(config, data=dict(flip=True))) is None
     steps, low, high = log.known_band(config).T
     assert steps.tolist() == [1, 2, 3]
-    for loss, least, most in zip([row["loss"] for _, row in ours], low, high, strict=True):
+    losses = [row["loss"] for _, row in log.read_metrics(Path(other) / "metrics.jsonl")]
+    for loss, least, most in zip(losses, low, high, strict=True):
         assert least < loss < most < 3 * least
+
+
+def test_a_band_is_of_runs_that_differ_in_their_seeds_alone(seeds, tmp_path, refused):
+    conftest.run_train(*conftest.TINY, "--train.steps", "2", "--workdir", tmp_path / "short")
+    command = partial(run, health)
+    assert "two or more" in refused(command, "health.py", seeds[0])
+    assert "another one in each run" in refused(command, "health.py", seeds[0], seeds[0])
+    assert "of the recipe" in refused(command, "health.py", seeds[0], str(tmp_path / "short"))
+
+
+@pytest.mark.parametrize("times", [dict(times="uniform"), dict(time_mean=0.8, time_std=0.8)])
+def test_the_shares_of_times_are_those_that_are_drawn(times):
+    objective = Objective(name="flow", **times)
+    shares = health.shares_of_times(objective)
+    flow = make_objective(replace(tiny_config(), objective=dataclasses.asdict(objective)))
+    drawn = jax.vmap(flow.draw_time)(jax.random.split(jax.random.key(0), 10_007))
+    counts, _ = np.histogram(drawn, bins=4, range=(0, 1))
+    np.testing.assert_allclose(counts / counts.sum(), shares, atol=0.02)
 
 
 # ablation.py
