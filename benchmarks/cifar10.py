@@ -66,10 +66,13 @@ class Cifar10(NamedTuple):
 @cache
 def real_images(split: str) -> Cifar10:
     """For a model that was trained on a split. Raises InputError."""
-    training, test, seen = (
-        open_dataset(tfds_config("cifar10", name, 32)).records for name in ("train", "test", split)
+    training, test = (
+        open_dataset(tfds_config("cifar10", name, 32)).records for name in ("train", "test")
     )
-    return make_judge(training.images, training.labels, test.images, test.labels, seen.images)
+    seen = training.images
+    if split != "train":
+        seen = open_dataset(tfds_config("cifar10", split, 32)).records.images
+    return make_judge(training.images, training.labels, test.images, test.labels, seen)
 
 
 def make_judge(
@@ -82,7 +85,7 @@ def make_judge(
     """The judge of a model that was trained on the images `seen`."""
     classifier = load_or_train(images, labels)
     features, _ = classify(classifier, images)
-    seen_features, _ = classify(classifier, seen)
+    seen_features = features if seen is images else classify(classifier, seen)[0]
     test_features, predicted = classify(classifier, test_images)
     unit = np.sqrt(features.var(axis=0).mean())
     features, seen_features, test_features = (
