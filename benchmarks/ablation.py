@@ -24,7 +24,6 @@ import cifar10
 import digits
 import jax
 import numpy as np
-import optax
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -54,28 +53,6 @@ class XavierBlock(AdaLNZeroBlock):
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, dtype, rngs):
         super().__init__(hidden_size, num_heads, mlp_ratio, dtype=dtype, rngs=rngs)
         self.modulation = Modulation(hidden_size, 6, kernel_init=xavier, dtype=dtype, rngs=rngs)
-
-
-def muon(schedule: optax.Schedule, b1: float, b2: float, weight_decay: float):
-    """Muon for the blocks' kernels `[L, in, out]`, each layer's apart.
-
-    Its updates are as large as Adam's, so that one learning rate serves both (arXiv 2502.16982).
-    The rest is Adam's, with Nesterov's momentum.
-    """
-
-    def axes(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        is_kernel = "blocks" in jax.tree_util.keystr(path) and leaf.ndim == 3
-        return optax.contrib.MuonDimensionNumbers(1, 2) if is_kernel else None
-
-    return optax.contrib.muon(
-        schedule,
-        adam_b1=b1,
-        adam_b2=b2,
-        weight_decay=weight_decay,
-        adam_weight_decay=weight_decay,
-        muon_weight_dimension_numbers=lambda model: jax.tree.map_with_path(axes, model),
-        consistent_rms=0.2,
-    )
 
 
 class Arm(NamedTuple):
@@ -126,7 +103,7 @@ STUDIES: dict[str, dict[str, Arm]] = {
     },
     "optimizer": {
         "AdamW": Arm(),
-        "Muon": Arm(patch=mock.patch.object(optax, "adamw", muon)),
+        "Muon": Arm({"optim": dict(name="muon")}),
     },
 }
 

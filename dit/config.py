@@ -176,7 +176,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Optim:
-    learning_rate: NonNegativeFloat = 1e-4  # peak learning rate of AdamW
+    name: Literal["adamw", "muon"] = "adamw"  # AdamW, or Muon for the blocks' kernels
+    learning_rate: NonNegativeFloat = 1e-4  # peak learning rate
     warmup_steps: NonNegativeInt = 0  # steps of linear warm-up from 0
     schedule: Course = "constant"  # learning rate after warm-up; cosine falls to 0 at train.steps
     beta1: Decay = 0.9  # decay of Adam's first moment

@@ -89,13 +89,37 @@ def learning_rate(config: Optim, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: Optim, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW, after a clip of the global norm where there is one."""
-    adamw = optax.adamw(
-        schedule, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay
-    )
+    """AdamW or Muon, after a clip of the global norm where there is one."""
+    make = muon if config.name == "muon" else optax.adamw
+    optimizer = make(schedule, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay)
     if config.grad_clip is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw)
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(config.grad_clip), optimizer)
+
+
+def muon(
+    schedule: optax.Schedule, b1: float, b2: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """Muon for the blocks' kernels `[L, in, out]`, each layer's apart, and AdamW for the rest.
+
+    Both have Nesterov's momentum. Muon's updates are as large as Adam's, so that one learning rate
+    serves both: of a kernel, 0.2 sqrt(max(in, out)) times an orthogonal matrix (Liu et al.,
+    arXiv 2502.16982).
+    """
+
+    def axes(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        is_kernel = "blocks" in jax.tree_util.keystr(path) and leaf.ndim == 3
+        return optax.contrib.MuonDimensionNumbers(1, 2) if is_kernel else None
+
+    return optax.contrib.muon(
+        schedule,
+        adam_b1=b1,
+        adam_b2=b2,
+        weight_decay=weight_decay,
+        adam_weight_decay=weight_decay,
+        muon_weight_dimension_numbers=lambda model: jax.tree.map_with_path(axes, model),
+        consistent_rms=0.2,
+    )
 
 
 def update_ema(ema: DiT, model: DiT, step: jax.Array, decay: float) -> DiT:

@@ -6,13 +6,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import ablation
 import conftest
 import health
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import sampling as benchmarked
 import scaling
@@ -316,24 +314,3 @@ def test_the_shares_of_times_are_those_that_are_drawn(times):
     drawn = jax.vmap(flow.draw_time)(jax.random.split(jax.random.key(0), 10_007))
     counts, _ = np.histogram(drawn, bins=4, range=(0, 1))
     np.testing.assert_allclose(counts / counts.sum(), shares, atol=0.02)
-
-
-# ablation.py
-
-
-def test_muon_takes_each_layers_kernel_apart_and_no_stacked_bias():
-    model = make_model(tiny_config(), jax.random.key(0))
-
-    def random_like(leaf: jax.Array) -> jax.Array:
-        return jax.random.normal(jax.random.key(leaf.size), leaf.shape)
-
-    grads = jax.tree.map(random_like, model)
-    muon = ablation.muon(optax.constant_schedule(0.1), b1=0.9, b2=0.99, weight_decay=0.0)
-    updates, _ = muon.update(grads, muon.init(model), model)
-    alone = optax.contrib.muon(0.1, consistent_rms=0.2)
-    kernels = grads.blocks.mlp.up.kernel[...]
-    for kernel, found in zip(kernels, updates.blocks.mlp.up.kernel[...], strict=True):
-        expected, _ = alone.update(kernel, alone.init(kernel), kernel)
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
-    sizes = np.abs(updates.blocks.mlp.up.bias[...])  # Adam's first step is as large everywhere
-    np.testing.assert_allclose(sizes, sizes.max(), rtol=1e-5)

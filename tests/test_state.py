@@ -14,7 +14,14 @@ import train
 from dit import sharding
 from dit.config import Config, Optim
 from dit.data import batches, open_dataset
-from dit.state import State, learning_rate, make_optimizer, make_state, update_ema
+from dit.state import (
+    State,
+    learning_rate,
+    make_model,
+    make_optimizer,
+    make_state,
+    update_ema,
+)
 
 # A run is the same on any devices
 
@@ -143,6 +150,22 @@ def test_dropout_and_augmentation_are_the_same_on_any_devices_in_parts_and_repea
     assert_same_run(one, run_steps(tiny_config(model=model | dict(remat="full"), **shared), 8))
 
 
+def test_muon_is_the_same_on_any_devices(monkeypatch):
+    monkeypatch.setattr(sharding, "SMALL", 100)
+    optim = OPTIM | dict(name="muon")
+    one = run_steps(tiny_config(model=MODEL, optim=optim), devices=1)
+    other = run_steps(tiny_config(model=MODEL, optim=optim, mesh=dict(fsdp=2)), devices=8)
+    for a, b in zip(one.metrics, other.metrics, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    kernels = {
+        name: leaf > -np.inf
+        for name, leaf in named_leaves(one.after.model).items()
+        if "blocks" in name and leaf.ndim == 3
+    }
+    assert len(kernels) > 4
+    assert_close(movement(one, "model", kernels), movement(other, "model", kernels), 1e-2)
+
+
 # Schedule and optimizer
 
 
@@ -185,6 +208,27 @@ def test_the_optimizers_moments_decay_by_beta1_and_beta2():
     _, state = first_update([2.0, -1.0], beta1=0.7, beta2=0.9)
     moments = optax.tree.get(state, "mu")["w"], optax.tree.get(state, "nu")["w"]
     np.testing.assert_allclose(moments, [[0.6, -0.3], [0.4, 0.1]], rtol=1e-5)
+
+
+def test_muon_turns_each_layers_kernel_alone_to_an_orthogonal_matrix_as_large_as_adams_step():
+    model = make_model(tiny_config(), jax.random.key(0))
+
+    def random_like(leaf: jax.Array) -> jax.Array:
+        return jax.random.normal(jax.random.key(leaf.size), leaf.shape)
+
+    config = Optim(name="muon", learning_rate=0.1)
+    optimizer = make_optimizer(config, learning_rate(config, 10))
+    grads = jax.tree.map(random_like, model)
+    updates, _ = optimizer.update(grads, optimizer.init(model), model)
+    gradient, update = (tree.blocks.mlp.up.kernel[...] for tree in (grads, updates))
+    for before, after in zip(gradient, update, strict=True):
+        u, _, v = np.linalg.svd(before, full_matrices=False)
+        ours_u, sizes, ours_v = np.linalg.svd(after, full_matrices=False)
+        scale = 0.1 * 0.2 * np.sqrt(max(before.shape))
+        assert 0.6 * scale < sizes.min() and sizes.max() < 1.3 * scale  # after 5 steps of Newton's
+        np.testing.assert_allclose(-ours_u @ ours_v, u @ v, atol=0.2)
+    bias = np.abs(updates.blocks.mlp.up.bias[...])  # Adam's first step is as large everywhere
+    np.testing.assert_allclose(bias, bias.max(), rtol=1e-4)
 
 
 # The average
