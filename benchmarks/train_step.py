@@ -2,13 +2,15 @@
 
 Ours is train.py's step. The peer's is that of benchmarks/torch_dit.py, with the DiT there, with
 diffusers' or with that of a file; eager and, on a GPU, with its blocks through torch.compile. Both
-have one device and one synthetic batch, which stays there. Each measurement has a process of its
-own, and the sides take turns. Prints images/s; TFLOP/s by our count; their share of what a large
-product of matrices reaches, in JAX or in PyTorch, whichever is faster; and the peak of memory: on a
-GPU of the allocator, on a CPU of what the process grew by from its imports on, compiling included.
-That it does not fit is a result, too. Flags of a config's fields change every preset.
+have one device, one synthetic batch, which stays there, DDPM's loss and AdamW, which stand in for a
+preset's flow matching and Muon unless --peer is none. Each measurement has a process of its own,
+and the sides take turns. Prints images/s; TFLOP/s by our count; their share of what a large product
+of matrices reaches, in JAX or in PyTorch, whichever is faster; and the peak of memory: on a GPU of
+the allocator, on a CPU of what the process grew by from its imports on, compiling included. That it
+does not fit is a result, too. Flags of a config's fields change every preset.
 """
 
+import dataclasses
 import os
 import re
 import resource
@@ -28,7 +30,7 @@ from table import Row, make_row, report
 
 from dit import cli, heap
 from dit.chips import GIB
-from dit.config import Config, PositiveInt, replace, require
+from dit.config import Config, Objective, PositiveInt, replace, require
 
 if TYPE_CHECKING:  # imported in the processes that measure
     import jax
@@ -232,6 +234,7 @@ def parse(argv: list[str]) -> tuple[Options, list[Config]]:
     """The options, and the config of each preset. Raises InputError."""
     options, configs = parse_presets(Options, argv, "benchmarks/train_step.py", __doc__)
     if options.peer != "none":
+        configs = [with_loss_of_peers(config) for config in configs]
         for config in configs:
             check_comparable(config)
     check_peer(options.peer)
@@ -267,6 +270,15 @@ def check_peer(peer: str) -> None:
     require(installed, "--peer", peer, "installed: pip install -e '.[parity]'")
     is_known = peer in ("torch_dit", "diffusers") or Path(peer.partition(":")[0]).is_file()
     require(is_known, "--peer", peer, "torch_dit, diffusers, none, or FILE.py:CLASS")
+
+
+def with_loss_of_peers(config: Config) -> Config:
+    """The config with DDPM's loss and AdamW."""
+    config = replace(config, optim=dict(name="adamw"))
+    if config.objective.name == "ddpm":
+        return config
+    ddpm = Objective(label_dropout=config.objective.label_dropout)
+    return dataclasses.replace(config, objective=ddpm)
 
 
 def check_comparable(config: Config) -> None:

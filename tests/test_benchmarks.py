@@ -103,6 +103,16 @@ def test_flags_change_every_preset():
         assert (config.model.depth, config.train.dtype) == (7, "float32")
 
 
+def test_the_peers_loss_and_optimizer_stand_in_for_others(monkeypatch):
+    monkeypatch.setattr(train_step, "check_peer", lambda peer: None)
+    flags = "--presets digits_flow --optim.name muon --objective.label-dropout 0.3".split()
+    _, (config,) = train_step.parse(flags)
+    assert (config.objective.name, config.optim.name) == ("ddpm", "adamw")
+    assert (config.objective.label_dropout, config.optim.learning_rate) == (0.3, 2e-3)
+    _, (alone,) = train_step.parse([*flags, "--peer", "none"])
+    assert (alone.objective.name, alone.optim.name) == ("flow", "muon")
+
+
 @pytest.mark.parity
 def test_ours_and_diffusers_take_turns(tmp_path, capfd):
     path = tmp_path / "rows.jsonl"
