@@ -11,24 +11,17 @@ if __name__ == "__main__":
     STOP = StopRequest().end_at_once("train.py")
 
 import contextlib
-import dataclasses
-import os
-import shlex
-import shutil
-import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from dit import cli, heap
-from dit.config import Config, Stopped, Unsaved, replace, require
+from dit.config import Config, Stopped, require
 from dit.hosts import (
     AnyHost,
     command_refused_together,
@@ -64,35 +57,32 @@ if __name__ == "__main__":  # --help and bad input are answered before jax is im
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from tqdm import tqdm
 
-from dit import checkpoint, generation, resume
+from dit import checkpoint, resume
 from dit.data import (
-    Dataset,
     augment,
     batch_shapes,
     batches,
     drop_condition,
-    open_dataset,
-    with_num_classes,
 )
-from dit.heldout import make_held_out_loss
-from dit.imagenet.fid import make_evaluation
-from dit.imagenet.vae import load_vae
-from dit.images import save_grid
+from dit.dry_run import dry_run
 from dit.log import Log, say
-from dit.model import TRAINING_FLOPS, DiT, check_block, count_parameters, multiply_adds
-from dit.program import temporaries
+from dit.model import TRAINING_FLOPS, DiT, multiply_adds
+from dit.run import (
+    describe,
+    describe_result,
+    first_state,
+    held_out_losses,
+    is_due,
+    make_judges,
+    open_run,
+)
 from dit.sharding import (
     batch_sharding,
     compiler_options,
-    make_mesh,
     mean_over_parts,
-    place,
     place_batch,
-    replicated,
 )
 from dit.state import (
     State,
@@ -100,7 +90,6 @@ from dit.state import (
     learning_rate,
     make_objective,
     make_optimizer,
-    make_state,
     run_keys,
     update_ema,
 )
@@ -172,88 +161,6 @@ def compile_and_say(config: Config, mesh: jax.sharding.Mesh) -> Callable:
     compiled = time.perf_counter()
     say(f"traced in {traced - began:.1f} s, compiled in {compiled - traced:.1f} s")
     return step
-
-
-def open_run(config: Config) -> tuple[Config, jax.sharding.Mesh, Dataset, int, list[str]]:
-    """What a run needs before it can begin. Writes nothing. Raises InputError.
-
-    The config with its data's number of classes, the mesh, the data, the step to go on from, and a
-    line on each damaged checkpoint.
-    """
-    mesh = make_mesh(config)
-    check_block(config.model.conditioning, config.data.mask_classes)
-    dataset = open_dataset(config.data)
-    config = with_num_classes(config, dataset)
-    return config, mesh, dataset, *resume.step_to_resume(config, dataset)
-
-
-def first_state(
-    config: Config, mesh: jax.sharding.Mesh, start: int, weights: dict[str, jax.Array]
-) -> State:
-    """The state that a run goes on from: of checkpoint `start`, or of step 0 with other weights."""
-    if start == 0:
-        return resume.with_weights(make_state(config, mesh), weights)
-    return resume.restore(config, mesh, start)
-
-
-def make_judges(
-    config: Config, dataset: Dataset, mesh: jax.sharding.Mesh, check_stop: Callable[[], None]
-) -> tuple[Callable | None, Callable | None, Callable | None]:
-    """What scores a model, what draws it and what measures its loss on held-out images, None where
-    the config asks for none.
-    """
-    vae = evaluate = draw_grid = held_out_loss = None
-    if config.data.vae:
-        vae = place(load_vae(config.data.vae, config.data.latent_scale), replicated(mesh))
-    if config.eval.every:
-        evaluate = make_evaluation(config, vae, mesh, check_stop)
-    if config.train.sample_every and (vae is not None or not config.data.latents):
-        draw_grid = generation.make_grid_sampler(config, vae, dataset, mesh, check_stop)
-    if config.eval.split:
-        held_out_loss = make_held_out_loss(config, mesh)
-    return evaluate, draw_grid, held_out_loss
-
-
-def held_out_losses(
-    config: Config, held_out_loss: Callable[[DiT], float], state: State
-) -> dict[str, float]:
-    """Of the last weights, as the loss of a step is, and of each average."""
-    losses = {"held_out_loss": held_out_loss(state.model)}
-    for name, ema in zip(config.optim.averages, state.emas, strict=True):
-        losses[f"held_out_loss_{name}"] = held_out_loss(ema)
-    return losses
-
-
-def is_due(step: int, every: int, steps: int) -> bool:
-    """Whether a step is a multiple of `every`, or the last."""
-    return step == steps or (every > 0 and step % every == 0)
-
-
-def describe(config: Config, state: State, num_images: int, start: int) -> None:
-    parameters = count_parameters(state.model)
-    gigas = multiply_adds(state.model) / 1e9
-    devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
-    say(
-        f"{config.name}: {parameters:,} parameters, {gigas:.3g} G multiply-adds an image, "
-        f"{num_images:,} images, {devices}, from step {start}"
-    )
-    for line in resume.describe_changes(config, start):
-        say(line)
-    if config.data.latents and not config.data.vae:
-        say("no sample grids are drawn: --data.vae names no VAE that would decode them")
-
-
-def describe_result(config: Config) -> None:
-    """Where a run's pictures are, and the command that draws more of them."""
-    grids = config.workdir / "samples"
-    if any(grids.iterdir()):
-        say(f"sample grids are in {grids}")
-    here = "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
-    script = os.path.relpath(Path(__file__).with_name("sample.py"))
-    words = [here, script, str(config.workdir), "--guidance", f"{config.train.guidance:g}"]
-    if config.data.latents and not config.data.vae:
-        words += ["--vae", "VAE_FOLDER"]
-    say(f"more samples by: {shlex.join(words)}")
 
 
 def train(config: Config, stop: StopRequest | None = None) -> State:
@@ -342,93 +249,10 @@ def train(config: Config, stop: StopRequest | None = None) -> State:
     return state
 
 
-# The dry run
-
-
-def dry_run(config: Config, stop: StopRequest | None = None) -> None:
-    """Says what a run would be and cost, and tries its parts once in a temporary folder.
-
-    Raises what `train` does. Of the run's own folder it reads which step would be the next.
-    """
-    stop = stop or StopRequest()
-
-    def check_stop() -> None:
-        if stop.requested:
-            raise Stopped("stopped; a dry run leaves nothing")
-
-    for section in ("model", "objective", "data", "optim", "mesh", "train", "eval"):
-        fields = dataclasses.asdict(getattr(config, section))
-        say(f"{section}: " + ", ".join(f"{name} {value!r}" for name, value in fields.items()))
-    config, mesh, dataset, start, _ = open_run(config)
-    weights = resume.load_weights(config, mesh) if start == 0 else {}
-    unscored = replace(config, eval=dict(every=0))  # an evaluation would take long
-    _, draw_grid, _ = make_judges(unscored, dataset, mesh, check_stop)
-    check_stop()
-    state = first_state(config, mesh, 0, weights)
-    describe(config, state, len(dataset.records), start)
-    step = compile_and_say(config, mesh)
-    check_stop()
-    flops = TRAINING_FLOPS * multiply_adds(state.model) * config.train.batch_size
-    held = step.memory_analysis().argument_size_in_bytes
-    say(
-        f"a step is {flops / 1e9:,.1f} GFLOP; a device holds {held / 1e6:,.1f} MB of state and "
-        f"batch, and {temporaries(step) / 1e6:,.1f} MB more in a step"
-    )
-
-    stream = batches(dataset, config.train.batch_size, config.train.seed, 0)
-    with stop, contextlib.closing(stream), tempfile.TemporaryDirectory() as folder:
-        trial = replace(config, train=dict(workdir=folder))
-        seconds = []  # of each step; the first warms up
-        while len(seconds) < 2 or (len(seconds) < 6 and sum(seconds) < 10):
-            batch = place_batch(next(stream), mesh)
-            (state, _), taken = timed(step, state, batch)
-            seconds.append(taken)
-            check_stop()
-
-        _, save_seconds = timed(save_once, trial, dataset, state)
-        saved, _ = checkpoint.newest_intact(trial.workdir)
-        restored, restore_seconds = timed(first_state, trial, mesh, saved, {})
-        if not all(map(np.array_equal, jax.tree.leaves(state), jax.tree.leaves(restored))):
-            raise Unsaved(f"{folder}: the checkpoint was not restored as it was saved")
-        say(
-            f"a checkpoint of {checkpoint.num_bytes(state) / 1e6:,.1f} MB was saved in "
-            f"{save_seconds:.1f} s, and restored bit for bit in {restore_seconds:.1f} s"
-        )
-        check_stop()
-
-        grid_seconds = 0.0
-        if draw_grid is not None:
-            (images, row_names), grid_seconds = timed(draw_grid, restored.ema)
-            save_grid(trial.workdir / "grid.png", images, row_names)
-            say(f"a grid of {len(images)} was drawn in {grid_seconds:.1f} s, compiling included")
-
-    left = range(start + 1, config.train.steps + 1)
-    grids = [n for n in left if is_due(n, config.train.sample_every, config.train.steps)]
-    seconds_each = statistics.mean(seconds[1:])
-    total = len(left) * seconds_each + len(grids) * grid_seconds
-    say(
-        f"{len(left):,} steps of {seconds_each:.3g} s and their grids would take at most "
-        f"{tqdm.format_interval(total)}, evaluations not counted; {config.workdir} is as it was"
-    )
-
-
-def timed(f: Callable, *args: Any) -> tuple[Any, float]:
-    """What f returns, and the seconds until it is there."""
-    began = time.perf_counter()
-    result = jax.block_until_ready(f(*args))
-    return result, time.perf_counter() - began
-
-
-def save_once(config: Config, dataset: Dataset, state: State) -> None:
-    """Saves the first checkpoint of a run, and waits for it."""
-    with (
-        resume.prepare_workdir(config, 0),
-        checkpoint.Checkpoints(config, dataset) as checkpoints,
-    ):
-        checkpoints.save(state, {})
-
-
 if __name__ == "__main__":
     heap.fill_holes_after_compiling()
     with cli.exit_status("train.py"):
-        (dry_run if COMMAND.dry_run else train)(COMMAND.config, STOP)
+        if COMMAND.dry_run:
+            dry_run(COMMAND.config, compile_and_say, STOP)
+        else:
+            train(COMMAND.config, STOP)

@@ -11,9 +11,9 @@ from jax.tree_util import Partial
 from matplotlib.axes import Axes
 
 import train
-from dit import checkpoint, heldout, log
+from dit import checkpoint, heldout, log, run
 from dit.data import Dataset, InMemory
-from dit.sharding import make_mesh
+from dit.sharding import make_mesh, replicated
 from dit.state import make_model
 
 NAMES = tuple("0123456789")
@@ -70,7 +70,7 @@ def test_it_is_fixed_and_the_same_on_any_devices(splits):
     first = one(model)
     assert one(model) == first
     config = tiny_config()
-    everywhere = jax.device_put(model, train.replicated(make_mesh(config)))
+    everywhere = jax.device_put(model, replicated(make_mesh(config)))
     assert held_out_loss("dark", devices=8)(everywhere) == pytest.approx(first, rel=1e-5)
     assert held_out_loss("dark", train=dict(seed=1))(model) != pytest.approx(first, rel=1e-3)
 
@@ -88,7 +88,7 @@ def test_a_run_measures_its_last_weights_and_their_average_every_so_often(tmp_pa
     def make_held_out_loss(config, mesh):
         return lambda model: float(jnp.abs(model.final.linear.kernel[...]).sum())
 
-    monkeypatch.setattr(train, "make_held_out_loss", make_held_out_loss)
+    monkeypatch.setattr(run, "make_held_out_loss", make_held_out_loss)
     steps = dict(steps=5, checkpoint_every=1, keep_last=9, workdir=str(tmp_path))
     measured = dict(split="test", loss_every=2)
     train.train(tiny_config(train=steps, eval=measured, optim=dict(ema_decay=(0.99, 0.05))))

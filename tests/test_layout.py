@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ROWS = [
     "plan",
     "train sample",
+    "dit.dry_run",
+    "dit.run",
     "dit.imagenet.convert dit.imagenet.fid dit.imagenet.latents",
     "dit.imagenet.diffusers",
     "dit.imagenet.official",

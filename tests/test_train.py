@@ -22,7 +22,7 @@ from on_hosts import signal_at
 from PIL import Image
 
 import train
-from dit import checkpoint, generation, log
+from dit import checkpoint, dry_run, generation, log, run
 from dit.config import Stopped
 from dit.data import InMemory
 from dit.sharding import make_mesh
@@ -180,7 +180,7 @@ config = Config(
     [(4, 4, True), (8, 4, True), (6, 4, False), (10, 4, True), (6, 0, False), (10, 0, True)],
 )
 def test_what_is_done_every_n_steps_is_done_at_the_last_one_too(step, every, due):
-    assert train.is_due(step, every, 10) == due
+    assert run.is_due(step, every, 10) == due
 
 
 def test_a_block_that_there_is_not_is_refused_before_anything_is_written(refused, tmp_path):
@@ -261,7 +261,7 @@ def test_neither_is_done_where_it_is_not_asked_for(tmp_path, monkeypatch):
     def never(*args):
         raise AssertionError
 
-    monkeypatch.setattr(train, "make_evaluation", never)
+    monkeypatch.setattr(run, "make_evaluation", never)
     monkeypatch.setattr(generation, "make_grid_sampler", never)
     train.train(tiny_config(train=dict(workdir=str(tmp_path), steps=1)))
     assert list((tmp_path / "samples").iterdir()) == []
@@ -319,13 +319,13 @@ def test_a_dry_run_of_a_run_that_goes_on_reads_it_and_refuses_what_the_run_would
 
 
 def test_a_dry_run_finds_a_checkpoint_that_is_not_what_was_saved(tmp_path, monkeypatch, capsys):
-    before = train.first_state
+    before = dry_run.first_state
 
     def other_bits(*args):
         state = before(*args)
         return dataclasses.replace(state, step=state.step + 1)
 
-    monkeypatch.setattr(train, "first_state", other_bits)
+    monkeypatch.setattr(dry_run, "first_state", other_bits)
     with pytest.raises(SystemExit) as stop:
         run_train(*TINY, "--workdir", tmp_path, "--dry-run")
     assert stop.value.code == 1
@@ -581,7 +581,7 @@ def test_an_evaluation_is_broken_off_with_its_step_saved(tmp_path, monkeypatch):
 
         return evaluate
 
-    monkeypatch.setattr(train, "make_evaluation", make_evaluation)
+    monkeypatch.setattr(run, "make_evaluation", make_evaluation)
     config = tiny_config(
         train=dict(workdir=str(tmp_path), steps=5), eval=dict(every=2, inception="x")
     )
