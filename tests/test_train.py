@@ -291,7 +291,7 @@ def test_a_dry_run_tries_every_part_and_leaves_nothing(tmp_path, monkeypatch, ca
     assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]
     out = capsys.readouterr().out
     for words in [
-        "optim: learning_rate 0.002, ",
+        "optim: name 'adamw', learning_rate 0.002, ",
         " parameters, ",
         "traced in ",
         " GFLOP; a device holds ",
