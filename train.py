@@ -5,9 +5,11 @@ TensorBoard events, samples/, loss.png, checkpoints/. The same command again res
 With --dry-run it says what a run would be and cost, and tries its parts in a temporary folder.
 """
 
+from dit import heap
 from dit.signals import StopRequest
 
 if __name__ == "__main__":
+    heap.keep_freed_memory()
     STOP = StopRequest().end_at_once("train.py")
 
 import contextlib
@@ -20,7 +22,7 @@ from typing import Annotated
 
 import tyro
 
-from dit import cli, heap
+from dit import cli
 from dit.config import Config, Stopped, require
 from dit.hosts import (
     AnyHost,
@@ -51,7 +53,6 @@ if __name__ == "__main__":  # --help and bad input are answered before jax is im
     joins = cli.joins_hosts(sys.argv[1:])
     STOP.entered = joins  # hosts stop together
     cli.use_compilation_cache()
-    heap.keep_freed_memory()
     with cli.exit_status("train.py"), command_refused_together(joins):
         COMMAND = parse(sys.argv[1:])
 

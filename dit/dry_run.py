@@ -36,9 +36,7 @@ def dry_run(config: Config, compile_step: Callable, stop: StopRequest | None = N
         if stop.requested:
             raise Stopped("stopped; a dry run leaves nothing")
 
-    for section in ("model", "objective", "data", "optim", "mesh", "train", "eval"):
-        fields = dataclasses.asdict(getattr(config, section))
-        say(f"{section}: " + ", ".join(f"{name} {value!r}" for name, value in fields.items()))
+    say_config(config)
     config, mesh, dataset, start, _ = open_run(config)
     weights = resume.load_weights(config, mesh) if start == 0 else {}
     unscored = replace(config, eval=dict(every=0))  # an evaluation would take long
@@ -64,18 +62,8 @@ def dry_run(config: Config, compile_step: Callable, stop: StopRequest | None = N
             (state, _), taken = timed(step, state, batch)
             seconds.append(taken)
             check_stop()
-
-        _, save_seconds = timed(save_once, trial, dataset, state)
-        saved, _ = checkpoint.newest_intact(trial.workdir)
-        restored, restore_seconds = timed(first_state, trial, mesh, saved, {})
-        if not all(map(np.array_equal, jax.tree.leaves(state), jax.tree.leaves(restored))):
-            raise Unsaved(f"{folder}: the checkpoint was not restored as it was saved")
-        say(
-            f"a checkpoint of {checkpoint.num_bytes(state) / 1e6:,.1f} MB was saved in "
-            f"{save_seconds:.1f} s, and restored bit for bit in {restore_seconds:.1f} s"
-        )
+        restored = save_and_restore(trial, dataset, mesh, state)
         check_stop()
-
         grid_seconds = 0.0
         if draw_grid is not None:
             (images, row_names), grid_seconds = timed(draw_grid, restored.ema)
@@ -90,6 +78,28 @@ def dry_run(config: Config, compile_step: Callable, stop: StopRequest | None = N
         f"{len(left):,} steps of {seconds_each:.3g} s and their grids would take at most "
         f"{tqdm.format_interval(total)}, evaluations not counted; {config.workdir} is as it was"
     )
+
+
+def say_config(config: Config) -> None:
+    for section in ("model", "objective", "data", "optim", "mesh", "train", "eval"):
+        fields = dataclasses.asdict(getattr(config, section))
+        say(f"{section}: " + ", ".join(f"{name} {value!r}" for name, value in fields.items()))
+
+
+def save_and_restore(
+    config: Config, dataset: Dataset, mesh: jax.sharding.Mesh, state: State
+) -> State:
+    """The state as it comes back from the first checkpoint of a run. Raises Unsaved."""
+    _, save_seconds = timed(save_once, config, dataset, state)
+    saved, _ = checkpoint.newest_intact(config.workdir)
+    restored, restore_seconds = timed(first_state, config, mesh, saved, {})
+    if not all(map(np.array_equal, jax.tree.leaves(state), jax.tree.leaves(restored))):
+        raise Unsaved(f"{config.workdir}: the checkpoint was not restored as it was saved")
+    say(
+        f"a checkpoint of {checkpoint.num_bytes(state) / 1e6:,.1f} MB was saved in "
+        f"{save_seconds:.1f} s, and restored bit for bit in {restore_seconds:.1f} s"
+    )
+    return restored
 
 
 def timed(f: Callable, *args: Any) -> tuple[Any, float]:

@@ -30,7 +30,7 @@ def keep_freed_memory() -> None:
 
     Otherwise the temporaries of a step come from the kernel and go back to it every time, a quarter
     of the time of `cifar10_tiny`. A process holds up to twice as much memory. To be called before
-    jax is imported, whose threads would have heaps of their own.
+    there is another thread: the first that allocates fixes how many heaps there may be.
     """
     if libc := glibc():
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never given back
