@@ -104,7 +104,7 @@ def muon(
 
     Both have Nesterov's momentum. Muon's updates are as large as Adam's, so that one learning rate
     serves both: of a kernel, 0.2 sqrt(max(in, out)) times an orthogonal matrix (Liu et al.,
-    arXiv 2502.16982). With `mesh.fsdp` each of its five iterations sums a `[L, in, in]` over the
+    arXiv 2502.16982). With `mesh.fsdp` each of its five iterations sums a `[L, D, D]` over the
     devices for every kernel.
     """
 
