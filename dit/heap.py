@@ -9,7 +9,8 @@ import sys
 from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # from malloc.h
-HOLES = [base << k for k in range(25, 13, -1) for base in (3, 2)]  # bytes, from 96 MiB to 32 KiB
+HOLES = [base << k for k in range(26, 13, -1) for base in (3, 2)]  # bytes, from 192 MiB to 32 KiB
+LARGE = 2**20  # bytes of a hole that is of use, and of which there are few
 COMPILED = "/jax/core/compile/backend_compile_duration"
 LONG = 1.0  # seconds of a compilation that leaves holes; less, and the cache had the program
 
@@ -39,7 +40,7 @@ def keep_freed_memory() -> None:
 
 
 def fill_holes() -> None:
-    """Takes the holes in the heap for good, so that what is allocated next comes from its end.
+    """Takes the small holes in the heap for good, so that what is allocated next lies elsewhere.
 
     A compiler leaves tens of thousands, 0.2 GB in all. glibc sorts and searches them while it holds
     the lock of its one heap, a quarter of the time of `digits`.
@@ -47,11 +48,16 @@ def fill_holes() -> None:
     if libc := glibc():
         libc.malloc_trim(0)
         end = libc.sbrk(0)
+        large = []  # taken first, that nothing small is cut from them, and given back
         for size in HOLES:
             hole = libc.malloc(size)
             while hole and hole + size <= end:
+                if size >= LARGE:
+                    large.append(hole)
                 hole = libc.malloc(size)
             libc.free(hole)  # none was left of this size
+        for hole in large:
+            libc.free(hole)
 
 
 def fill_holes_after_compiling() -> None:

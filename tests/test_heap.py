@@ -65,7 +65,7 @@ from dit import heap
 heap.keep_freed_memory()
 libc = heap.glibc()
 sizes = [2**15 + 4099 * (i % 53) for i in range(1009)]
-blocks = [(libc.malloc(size), libc.malloc(31)) for size in sizes]  # 31 bytes are a wall
+blocks = [(libc.malloc(size), libc.malloc(4099)) for size in sizes]  # the latter are walls
 end = max(wall for _, wall in blocks)
 for block, _ in blocks:
     libc.free(block)
@@ -74,7 +74,20 @@ if sys.argv[1] == "filled":
 print(sum(libc.malloc(size) < end for size in sizes[:499]))
 """
     assert int(run_program(program, "filled")) == 0
-    assert int(run_program(program, "as ever")) > 400
+    assert int(run_program(program, "as ever")) == 499
+
+
+def test_a_large_hole_is_left():
+    program = """
+from dit import heap
+heap.keep_freed_memory()
+libc = heap.glibc()
+block, wall = libc.malloc(2**28), libc.malloc(2**15)
+libc.free(block)
+heap.fill_holes()
+print(libc.malloc(2**28 - 2**20) < wall)
+"""
+    assert run_program(program) == "True\n"
 
 
 def test_holes_are_filled_after_what_took_long_to_compile(monkeypatch):
