@@ -50,7 +50,7 @@ def train_on(devices: int, config: Config) -> train.State:
     firsts = range(0, jax.device_count(), jax.local_device_count())
     chosen = [device for first in firsts for device in jax.devices()[first : first + devices]]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_mesh", lambda config: make_mesh(config, chosen))
+        patch.setattr("dit.run.make_mesh", lambda config: make_mesh(config, chosen))
         return train.train(config)
 
 
@@ -164,7 +164,7 @@ def refusals(folder: Path, run: Path) -> dict:
     }
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
-            patch.setattr(train, "open_dataset", fails)
+            patch.setattr("dit.run.open_dataset", fails)
         answers["a fault"] = of_train(0)
     return answers
 

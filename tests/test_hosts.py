@@ -42,7 +42,7 @@ def train_here(devices: int, config) -> train.State:
     """Trains on so many devices of this process."""
     with pytest.MonkeyPatch.context() as patch:
         chosen = jax.devices()[:devices]
-        patch.setattr(train, "make_mesh", lambda config: make_mesh(config, chosen))
+        patch.setattr("dit.run.make_mesh", lambda config: make_mesh(config, chosen))
         return train.train(config)
 
 

@@ -16,7 +16,6 @@ from conftest import TINY, TINY_FLOW, awaken, run_sample, run_train, show_condit
 from PIL import Image
 
 import sample
-import train
 from dit import checkpoint, generation, images, sampling
 from dit.config import InputError, replace
 from dit.images import to_uint8
@@ -44,7 +43,7 @@ def run(tmp_path_factory):
 
     options = "--train.steps 2 --train.checkpoint-every 1 --optim.ema-decay 0.5 0.25".split()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_state", awake_state)
+        patch.setattr("dit.run.make_state", awake_state)
         run_train(*TINY, "--workdir", workdir, *options)
     return workdir
 

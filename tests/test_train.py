@@ -227,7 +227,7 @@ def spied_run(tmp_path_factory) -> tuple[Path, list, list]:
         eval=dict(every=2, inception="x"),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_evaluation", make_evaluation)
+        patch.setattr("dit.run.make_evaluation", make_evaluation)
         patch.setattr(generation, "make_grid_sampler", make_grid_sampler)
         train.train(config)
     return workdir, measured, drawn
