@@ -61,12 +61,7 @@ import jax.numpy as jnp
 import optax
 
 from dit import checkpoint, resume
-from dit.data import (
-    augment,
-    batch_shapes,
-    batches,
-    drop_condition,
-)
+from dit.data import augment, batch_shapes, batches, drop_condition
 from dit.dry_run import dry_run
 from dit.log import Log, say
 from dit.model import TRAINING_FLOPS, DiT, multiply_adds
@@ -79,12 +74,7 @@ from dit.run import (
     make_judges,
     open_run,
 )
-from dit.sharding import (
-    batch_sharding,
-    compiler_options,
-    mean_over_parts,
-    place_batch,
-)
+from dit.sharding import batch_sharding, compiler_options, mean_over_parts, place_batch
 from dit.state import (
     State,
     abstract_state,

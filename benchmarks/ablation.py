@@ -60,10 +60,14 @@ class Arm(NamedTuple):
     patch: contextlib.AbstractContextManager = contextlib.nullcontext()  # of the code
 
 
+def with_objective(objective: Objective) -> dict[str, dict[str, Any]]:
+    """The objective, but for the preset's dropped labels."""
+    return {"objective": {k: v for k, v in asdict(objective).items() if k != "label_dropout"}}
+
+
 def flow(**fields: Any) -> dict[str, dict[str, Any]]:
-    """Flow matching with JiT's times on pixels and the preset's dropped labels."""
-    objective = asdict(Objective("flow", time_mean=0.8, time_std=0.8)) | fields
-    return {"objective": {k: v for k, v in objective.items() if k != "label_dropout"}}
+    """Flow matching with JiT's times on pixels."""
+    return with_objective(Objective(**dict(name="flow", time_mean=0.8, time_std=0.8) | fields))
 
 
 def design(name: str) -> Arm:
@@ -80,7 +84,10 @@ STUDIES: dict[str, dict[str, Arm]] = {
             patch=mock.patch.dict(BLOCKS, adaln_zero=XavierBlock),
         ),
     },
-    "objective": {"DDPM": Arm(), "flow": Arm(flow())},
+    "objective": {
+        "DDPM": Arm(with_objective(Objective("ddpm", schedule="cosine", min_snr_gamma=5.0))),
+        "flow": Arm(flow()),
+    },
     "times": {
         "uniform": Arm(flow(times="uniform", time_mean=0.0, time_std=1.0)),
         "logit-normal (0, 1)": Arm(flow(time_mean=0.0, time_std=1.0)),
@@ -102,7 +109,7 @@ STUDIES: dict[str, dict[str, Arm]] = {
         "augmentation 0.15": Arm({"data": dict(augment=0.15)}),
     },
     "optimizer": {
-        "AdamW": Arm(),
+        "AdamW": Arm({"optim": dict(name="adamw")}),
         "Muon": Arm({"optim": dict(name="muon")}),
     },
 }
@@ -177,8 +184,8 @@ def print_table(study: str, results: dict[str, list[Curves]], options: Options) 
     device = jax.devices()[0].device_kind
     columns = ["G multiply-adds", "loss", *next(iter(results.values()))[0].figures]
     images = "" if options.split == "train" else f" on {options.split}"
-    runs = f"{options.steps} steps{images}, {options.seeds} seeds"
-    print(f"\n{options.preset}, {runs}, {device}\n")
+    budget = f"{options.steps} steps{images}, {options.seeds} seeds"
+    print(f"\n{options.preset}, {budget}, {device}\n")
     print(f"| {study} | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
     for name, runs in results.items():

@@ -14,14 +14,7 @@ import train
 from dit import sharding
 from dit.config import Config, Optim
 from dit.data import batches, open_dataset
-from dit.state import (
-    State,
-    learning_rate,
-    make_model,
-    make_optimizer,
-    make_state,
-    update_ema,
-)
+from dit.state import State, learning_rate, make_model, make_optimizer, make_state, update_ema
 
 # A run is the same on any devices
 
