@@ -16,6 +16,7 @@ import contextlib
 import re
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 from unittest import mock
@@ -40,6 +41,7 @@ POINTS = 4  # of the curves of the judge's figures
 LAST_LINES = 5  # of the log, whose mean is the loss at the end: a single one is noisy
 FORWARDS = 50  # of the network, for a sample
 JUDGES = {"digits": digits.judge, "cifar10": cifar10.judge}
+FLOWS = {"digits": "digits_flow", "digits_flow": "digits_flow", "cifar10_tiny": "cifar10_tiny"}
 
 Steps = Annotated[int, Range(lambda value: value >= POINTS, f"at least {POINTS}")]
 
@@ -60,64 +62,66 @@ class Arm(NamedTuple):
     patch: contextlib.AbstractContextManager = contextlib.nullcontext()  # of the code
 
 
-def with_objective(objective: Objective) -> dict[str, dict[str, Any]]:
-    """The objective, but for the preset's dropped labels."""
-    return {"objective": {k: v for k, v in asdict(objective).items() if k != "label_dropout"}}
-
-
-def flow(**fields: Any) -> dict[str, dict[str, Any]]:
-    """Flow matching with JiT's times on pixels."""
-    return with_objective(Objective(**dict(name="flow", time_mean=0.8, time_std=0.8) | fields))
+def with_objective(objective: Objective, **fields: Any) -> dict[str, dict[str, Any]]:
+    """The objective with other fields, but for the preset's dropped labels."""
+    changed = asdict(objective) | fields
+    return {"objective": {k: v for k, v in changed.items() if k != "label_dropout"}}
 
 
 def design(name: str) -> Arm:
     return Arm({"model": dict(conditioning=name)})
 
 
-STUDIES: dict[str, dict[str, Arm]] = {
-    "conditioning": {
-        "in-context": design("in_context"),
-        "cross-attention": design("cross_attention"),
-        "adaLN": design("adaln"),
-        "adaLN-Zero": design("adaln_zero"),
-        "adaLN-Zero without its zero": Arm(
-            patch=mock.patch.dict(BLOCKS, adaln_zero=XavierBlock),
-        ),
-    },
-    "objective": {
-        "DDPM": Arm(with_objective(Objective("ddpm", schedule="cosine", min_snr_gamma=5.0))),
-        "flow": Arm(flow()),
-    },
-    "times": {
-        "uniform": Arm(flow(times="uniform", time_mean=0.0, time_std=1.0)),
-        "logit-normal (0, 1)": Arm(flow(time_mean=0.0, time_std=1.0)),
-        "logit-normal (0.8, 0.8)": Arm(flow()),
-    },
-    "prediction": {
-        f"{prediction}, patches of {side}": Arm(
-            flow(prediction=prediction) | {"model": dict(patch_size=side)}
-        )
-        for side in (2, 4, 8)
-        for prediction in ("v", "x0")
-    },
-    "average": {
-        str(decay): Arm({"optim": dict(ema_decay=decay)}) for decay in (0.0, 0.99, 0.997, 0.999)
-    },
-    "regularisation": {
-        "none": Arm(),
-        "dropout 0.1": Arm({"model": dict(dropout=0.1)}),
-        "augmentation 0.15": Arm({"data": dict(augment=0.15)}),
-    },
-    "optimizer": {
-        "AdamW": Arm({"optim": dict(name="adamw")}),
-        "Muon": Arm({"optim": dict(name="muon")}),
-    },
-}
+def studies(preset: str) -> dict[str, dict[str, Arm]]:
+    """The arms of each study. Of flow matching they begin with what suits the preset's images."""
+    flow = partial(with_objective, cli.load_preset(FLOWS[preset]).objective)
+    return {
+        "conditioning": {
+            "in-context": design("in_context"),
+            "cross-attention": design("cross_attention"),
+            "adaLN": design("adaln"),
+            "adaLN-Zero": design("adaln_zero"),
+            "adaLN-Zero without its zero": Arm(
+                patch=mock.patch.dict(BLOCKS, adaln_zero=XavierBlock),
+            ),
+        },
+        "objective": {
+            "DDPM": Arm(with_objective(Objective("ddpm", schedule="cosine", min_snr_gamma=5.0))),
+            "flow": Arm(flow()),
+        },
+        "times": {
+            "uniform": Arm(flow(times="uniform", time_mean=0.0, time_std=1.0)),
+            "logit-normal (0, 1)": Arm(flow(time_mean=0.0, time_std=1.0)),
+            "logit-normal (0.8, 0.8)": Arm(flow(time_mean=0.8, time_std=0.8)),
+        },
+        "prediction": {
+            f"{prediction}, patches of {side}": Arm(
+                flow(prediction=prediction) | {"model": dict(patch_size=side)}
+            )
+            for side in (2, 4, 8)
+            for prediction in ("v", "x0")
+        },
+        "average": {
+            str(decay): Arm({"optim": dict(ema_decay=decay)}) for decay in (0.0, 0.99, 0.997, 0.999)
+        },
+        "regularisation": {
+            "none": Arm(),
+            "dropout 0.1": Arm({"model": dict(dropout=0.1)}),
+            "augmentation 0.15": Arm({"data": dict(augment=0.15)}),
+        },
+        "optimizer": {
+            "AdamW": Arm({"optim": dict(name="adamw")}),
+            "Muon": Arm({"optim": dict(name="muon")}),
+        },
+    }
+
+
+STUDIES = tuple(studies("digits"))
 
 
 @dataclass(frozen=True)
 class Options:
-    studies: tyro.conf.Positional[tuple[Literal[tuple(STUDIES)], ...]] = ()  # all, where none
+    studies: tyro.conf.Positional[tuple[Literal[STUDIES], ...]] = ()  # all, where none
     preset: Literal["digits", "digits_flow", "cifar10_tiny"] = "digits"
     steps: Steps = 1000  # training steps of each run
     split: str = "train"  # images to train on, such as train[:25%]
@@ -136,7 +140,8 @@ class Curves(NamedTuple):
 
 def config_of(study: str, name: str, options: Options, seed: int) -> Config:
     words = f"{options.preset} {study} {options.split} {name} {seed}"
-    config = replace(cli.load_preset(options.preset), **STUDIES[study][name].changes)
+    arm = studies(options.preset)[study][name]
+    config = replace(cli.load_preset(options.preset), **arm.changes)
     return replace(
         config,
         data=dict(split=options.split),
@@ -156,7 +161,7 @@ def config_of(study: str, name: str, options: Options, seed: int) -> Config:
 def run(study: str, name: str, options: Options, seed: int) -> Curves:
     """Trains an arm, or goes on training it, and judges its checkpoints."""
     config = config_of(study, name, options, seed)
-    with STUDIES[study][name].patch:
+    with studies(options.preset)[study][name].patch:
         state = train(config)
         figures = judge(config, options.samples)
     rows = read_metrics(config.workdir / "metrics.jsonl")
@@ -224,11 +229,11 @@ def plot_curve(axes: Axes, style: str, name: str, curves: list[np.ndarray]) -> N
 def main() -> None:
     options = cli.parse(Options, sys.argv[1:], "benchmarks/ablation.py", __doc__)
     for study in options.studies or STUDIES:
-        config_of(study, next(iter(STUDIES[study])), options, 0).validate()
+        config_of(study, next(iter(studies(options.preset)[study])), options, 0).validate()
     for study in options.studies or STUDIES:
         results = {
             name: [run(study, name, options, seed) for seed in range(options.seeds)]
-            for name in STUDIES[study]
+            for name in studies(options.preset)[study]
         }
         print_table(study, results, options)
         plot(results, FOLDER / f"{options.preset}-{study}.png")

@@ -1,6 +1,7 @@
 """A DiT-S/2 on the pixels of CIFAR-10: python train.py cifar10
 
-Hardware: one GPU. TFDS downloads the data, 170 MB, the first time.
+Hardware: one GPU. TFDS downloads the data, 170 MB, the first time. 26 million images: by plan.py's
+bound of 27,225 images/s at least 16 minutes of an H100, and 40 at 40 % MFU. Not run yet.
 """
 
 from dit.config import PRESETS, Config, Data, Model, Objective, Optim, Train

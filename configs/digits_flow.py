@@ -8,12 +8,9 @@ from dit.config import Config, Data, Model, Objective, Optim, Train
 config = Config(
     name="digits_flow",
     model=Model(hidden_size=128, depth=4, num_heads=4, patch_size=2),
-    # JiT's times on pixels, of more noise; its t runs the other way, so that its mean is -0.8
-    objective=Objective(
-        name="flow", prediction="x0", time_mean=0.8, time_std=0.8, label_dropout=0.05
-    ),
+    objective=Objective(name="flow", label_dropout=0.05),
     data=Data(name="digits", image_size=8, channels=1, num_classes=10),
-    optim=Optim(learning_rate=2e-3, warmup_steps=100, schedule="cosine", ema_decay=0.998),
+    optim=Optim(learning_rate=4e-3, warmup_steps=100, schedule="cosine", ema_decay=0.998),
     train=Train(
         steps=3000,
         batch_size=64,

@@ -108,7 +108,7 @@ def test_the_peers_loss_and_optimizer_stand_in_for_others(monkeypatch):
     flags = "--presets digits_flow --optim.name muon --objective.label-dropout 0.3".split()
     _, (config,) = train_step.parse(flags)
     assert (config.objective.name, config.optim.name) == ("ddpm", "adamw")
-    assert (config.objective.label_dropout, config.optim.learning_rate) == (0.3, 2e-3)
+    assert (config.objective.label_dropout, config.optim.learning_rate) == (0.3, 4e-3)
     _, (alone,) = train_step.parse([*flags, "--peer", "none"])
     assert (alone.objective.name, alone.optim.name) == ("flow", "muon")
 

@@ -412,10 +412,11 @@ def test_only_ddpm_learns_a_variance():
     assert not tiny_config(objective=FLOW).objective.learns_variance
 
 
-def test_the_presets_by_flow_matching_see_more_noise_on_pixels_and_any_on_latents_takes_one_flag():
-    for name in ("digits_flow", "cifar10_flow"):
+def test_presets_by_flow_matching_see_more_noise_on_cifar10_and_any_on_latents_takes_one_flag():
+    expected = {"digits_flow": (0, 1), "cifar10_tiny": (0.8, 0.8), "cifar10_flow": (0.8, 0.8)}
+    for name, times in expected.items():
         objective = load_preset(name).objective
-        assert (objective.time_mean, objective.time_std) == (0.8, 0.8)
+        assert (objective.time_mean, objective.time_std) == times
     on_latents = replace(load_preset("imagenet256_xl2"), objective=dict(name="flow")).validate()
     assert on_latents.objective.times == "logit_normal"
     assert (on_latents.objective.time_mean, on_latents.objective.time_std) == (0.0, 1.0)
