@@ -74,15 +74,15 @@ def test_it_works_in_any_folder_when_installed(tmp_path):
     shutil.rmtree(source)
     code = """
         import dit
-        from dit import cli
+        from dit import cli, log
         print(dit.__file__)
         print(*cli.preset_names())
-        print(dit.preset("digits").name)
+        print(log.known_band(dit.preset("digits")).shape)
         print(dit.train.__code__.co_filename)
         """
     lines = run_python("\n".join(map(str.strip, code.splitlines())), elsewhere, target).split("\n")
     presets = " ".join(sorted(path.stem for path in (ROOT / "configs").glob("*.py")))
-    expected = [str(target / "dit/__init__.py"), presets, "digits", str(target / "train.py"), ""]
+    expected = [str(target / "dit/__init__.py"), presets, "(60, 3)", str(target / "train.py"), ""]
     assert lines == expected
     command = [sys.executable, "-m", "train", "digits", "--help"]
     variables = os.environ | {"PYTHONPATH": str(target)}

@@ -17,7 +17,7 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
-from dit import log
+from dit import cli, log
 from dit.chips import Chip
 from dit.config import Config, Diverged, replace
 
@@ -453,6 +453,15 @@ def test_the_plot_shows_the_band_of_the_same_recipe_as_far_as_the_run_went(tmp_p
     log.plot_loss(tmp_path, band)
     (edges,) = shown
     assert [edge.tolist() for edge in edges] == [[2], [0.5], [1.5]]
+
+
+def test_the_bands_that_were_measured_are_those_of_the_presets_as_they_are():
+    measured = json.loads((cli.CONFIGS / "bands.json").read_text())
+    for name in measured:
+        config = cli.load_preset(name)
+        steps = log.known_band(config)[:, 0]
+        assert (steps == np.arange(1, len(steps) + 1) * config.train.log_every).all()
+        assert steps[-1] == config.train.steps
 
 
 def test_a_run_that_stops_before_its_first_line_still_closes(tmp_path):
