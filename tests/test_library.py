@@ -77,7 +77,7 @@ def test_it_works_in_any_folder_when_installed(tmp_path):
         from dit import cli, log
         print(dit.__file__)
         print(*cli.preset_names())
-        print(log.known_band(dit.preset("digits")).shape)
+        print(log.known_band(dit.preset("digits_flow")).shape)
         print(dit.train.__code__.co_filename)
         """
     lines = run_python("\n".join(map(str.strip, code.splitlines())), elsewhere, target).split("\n")
