@@ -41,7 +41,7 @@ POINTS = 4  # of the curves of the judge's figures
 LAST_LINES = 5  # of the log, whose mean is the loss at the end: a single one is noisy
 FORWARDS = 50  # of the network, for a sample
 JUDGES = {"digits": digits.judge, "cifar10": cifar10.judge}
-FLOWS = {"digits": "digits_flow", "digits_flow": "digits_flow", "cifar10_tiny": "cifar10_tiny"}
+FLOWS = {"digits": "digits_flow"}  # of a preset by DDPM, the one by flow matching
 
 Steps = Annotated[int, Range(lambda value: value >= POINTS, f"at least {POINTS}")]
 
@@ -74,7 +74,7 @@ def design(name: str) -> Arm:
 
 def studies(preset: str) -> dict[str, dict[str, Arm]]:
     """The arms of each study. Of flow matching they begin with what suits the preset's images."""
-    flow = partial(with_objective, cli.load_preset(FLOWS[preset]).objective)
+    flow = partial(with_objective, cli.load_preset(FLOWS.get(preset, preset)).objective)
     return {
         "conditioning": {
             "in-context": design("in_context"),
@@ -138,9 +138,8 @@ class Curves(NamedTuple):
     giga_multiply_adds: float  # of a forward
 
 
-def config_of(study: str, name: str, options: Options, seed: int) -> Config:
+def config_of(study: str, name: str, arm: Arm, options: Options, seed: int) -> Config:
     words = f"{options.preset} {study} {options.split} {name} {seed}"
-    arm = studies(options.preset)[study][name]
     config = replace(cli.load_preset(options.preset), **arm.changes)
     return replace(
         config,
@@ -158,10 +157,10 @@ def config_of(study: str, name: str, options: Options, seed: int) -> Config:
     )
 
 
-def run(study: str, name: str, options: Options, seed: int) -> Curves:
+def run(study: str, name: str, arm: Arm, options: Options, seed: int) -> Curves:
     """Trains an arm, or goes on training it, and judges its checkpoints."""
-    config = config_of(study, name, options, seed)
-    with studies(options.preset)[study][name].patch:
+    config = config_of(study, name, arm, options, seed)
+    with arm.patch:
         state = train(config)
         figures = judge(config, options.samples)
     rows = read_metrics(config.workdir / "metrics.jsonl")
@@ -228,12 +227,14 @@ def plot_curve(axes: Axes, style: str, name: str, curves: list[np.ndarray]) -> N
 
 def main() -> None:
     options = cli.parse(Options, sys.argv[1:], "benchmarks/ablation.py", __doc__)
+    arms_of = studies(options.preset)
     for study in options.studies or STUDIES:
-        config_of(study, next(iter(studies(options.preset)[study])), options, 0).validate()
+        name, arm = next(iter(arms_of[study].items()))
+        config_of(study, name, arm, options, 0).validate()
     for study in options.studies or STUDIES:
         results = {
-            name: [run(study, name, options, seed) for seed in range(options.seeds)]
-            for name in studies(options.preset)[study]
+            name: [run(study, name, arm, options, seed) for seed in range(options.seeds)]
+            for name, arm in arms_of[study].items()
         }
         print_table(study, results, options)
         plot(results, FOLDER / f"{options.preset}-{study}.png")
