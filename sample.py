@@ -220,14 +220,15 @@ def check(options: Sample, config: Config) -> None:
         is_drawn = value is None or out.suffix != ".npz"
         require(is_drawn, name, value, "given with an --out that ends in .png or .gif")
     is_alone = interpolate is None or not options.classes
-    require(is_alone, "--classes", options.classes, "left out with --interpolate")
+    require(is_alone, "--classes", " ".join(options.classes), "left out with --interpolate")
     is_way = interpolate is None or options.per_class > 1
     require(is_way, "--per-class", options.per_class, "more than 1 with --interpolate")
 
     decay, decays = options.ema_decay, tuple(config.optim.averages.values())
-    is_one = decay is None or (options.ema and decay in decays)
-    expected = f"one of the run's, {', '.join(map(str, decays))}, and not given with --no-ema"
-    require(is_one, "--ema-decay", decay, expected)
+    is_one = decay is None or decay in decays
+    require(is_one, "--ema-decay", decay, f"one of the run's, {', '.join(map(str, decays))}")
+    is_used = decay is None or options.ema
+    require(is_used, "--ema-decay", decay, "left out with --no-ema")
 
     has_masks = options.mask is None or config.data.mask_classes > 0
     require(has_masks, "--mask", options.mask, "left out: the model was trained without masks")

@@ -171,7 +171,7 @@ def train(config: Config, stop: StopRequest | None = None) -> State:
     for line in damaged:
         say(line)
     if start >= steps:
-        say(f"already at step {start}: nothing to do before --train.steps {start + 1}")
+        say(f"already at step {start}; to go on, ask for more than --train.steps {steps}")
         return first_state(config, mesh, start, {})
 
     on_any_host = AnyHost(mesh)

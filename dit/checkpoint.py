@@ -142,6 +142,7 @@ def newest_intact(workdir: Path, option: str = "workdir") -> tuple[int, list[str
             check_layout(workdir, step, option)
             return step, [f"checkpoint {n}: {why}; using {step}" for n, why in broken.items()]
         broken[step] = problem
+    require(workdir.exists(), option, str(workdir), "a run's folder, and there is none")
     reasons = "; ".join(f"{step}: {problem}" for step, problem in broken.items())
     raise InputError(
         f"{option}: {str(workdir)!r} should hold an intact checkpoint in checkpoints/ "

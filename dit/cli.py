@@ -53,6 +53,9 @@ def load_preset(name_or_file: str) -> Config:
     """The config of a preset's name or of a Python file. Raises InputError."""
     is_file = name_or_file.endswith(".py")
     path = Path(name_or_file) if is_file else CONFIGS / f"{name_or_file}.py"
+    if is_file and not path.is_file():
+        hint = nearest(path.name, [other.name for other in path.parent.glob("*.py")])
+        raise InputError(f"preset: {name_or_file!r} should be a file, and there is none{hint}")
     if not path.is_file():
         names = preset_names()
         hint = nearest(name_or_file, names)
@@ -113,7 +116,11 @@ def parse(
     lines = [re.sub(box, " ", line).strip(" |+") for line in answer.getvalue().splitlines()[1:]]
     words = " ".join(" ".join(lines).split())
     see = f"(see {prog} --help)"
-    raise InputError(re.sub(r"(Argument helptext:|For full helptext).*", see, words))
+    words = re.sub(r"(Argument helptext:|For full helptext).*", see, words)
+    flags = re.compile(r"--[\w.-]+").findall
+    unknown, _, offered = words.partition(" Perhaps you meant:")
+    hint = nearest("".join(flags(unknown)[:1]), flags(offered))  # of the several that tyro names
+    raise InputError(f"{unknown}{hint} {see}" if hint else words)
 
 
 def boolean_fields(kind: type) -> set[str]:

@@ -448,7 +448,10 @@ def check_evaluation(config: Config) -> None:
     require(vae is None or latents, "data.vae", vae, "given with data.latents: pixels need none")
     held_out, trained_on = evaluation.split, config.data.split
     is_apart = held_out is None or trained_on not in (held_out, held_out.split("[")[0])
-    expected = f"of other images than data.split = {trained_on!r}"
+    expected = (
+        f"of other images than data.split = {trained_on!r}, "
+        "as 'train[90%:]' is with data.split = 'train[:90%]'"
+    )
     require(is_apart, "eval.split", held_out, expected)
     if evaluation.every == 0:
         return

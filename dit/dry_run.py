@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dit import checkpoint, resume
-from dit.config import Config, Stopped, Unsaved, replace
+from dit.config import OWN_FIELDS, Config, Stopped, Unsaved, replace
 from dit.data import Dataset, batches
 from dit.images import save_grid
 from dit.log import say
@@ -76,14 +76,18 @@ def dry_run(config: Config, compile_step: Callable, stop: StopRequest | None = N
     total = len(left) * seconds_each + len(grids) * grid_seconds
     say(
         f"{len(left):,} steps of {seconds_each:.3g} s and their grids would take at most "
-        f"{tqdm.format_interval(total)}, evaluations not counted; {config.workdir} is as it was"
+        f"{tqdm.format_interval(total)}, evaluations not counted; nothing was written to "
+        f"{config.workdir}"
     )
 
 
 def say_config(config: Config) -> None:
+    """All fields but those that only the other objective has."""
+    unused = set(sum(OWN_FIELDS.values(), ())) - set(OWN_FIELDS[config.objective.name])
     for section in ("model", "objective", "data", "optim", "mesh", "train", "eval"):
         fields = dataclasses.asdict(getattr(config, section))
-        say(f"{section}: " + ", ".join(f"{name} {value!r}" for name, value in fields.items()))
+        shown = [f"{name} {value!r}" for name, value in fields.items() if name not in unused]
+        say(f"{section}: " + ", ".join(shown))
 
 
 def save_and_restore(

@@ -9,14 +9,12 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from dit.config import Config
+from dit.config import Config, InputError
 from dit.data import augment, open_dataset
-from dit.files import naming
 from dit.model import DiT
 from dit.sharding import place_batch, replicated
 from dit.state import make_objective
@@ -28,8 +26,10 @@ TAG = 2**30  # folded into the run's seed
 def make_held_out_loss(config: Config, mesh: jax.sharding.Mesh) -> Callable[[DiT], float]:
     """The function (model) -> its loss on the images of `eval.split`. Raises InputError."""
     data = dataclasses.replace(config.data, split=config.eval.split, augment=0.0)
-    with naming(Path("eval.split")):
+    try:
         records = open_dataset(data).records
+    except InputError as error:
+        raise InputError(str(error).replace("data.split", "eval.split")) from None
     batch_size = config.train.batch_size
     num_batches = math.ceil(min(len(records), AT_MOST) / batch_size)
     indices = np.linspace(0, len(records) - 1, num_batches * batch_size).astype(int)

@@ -9,9 +9,11 @@ import dataclasses
 import json
 import math
 import shlex
+import statistics
 import sys
 import time
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -167,6 +169,7 @@ class Log:
         self.rates = ""
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
         self.unwritten = dict(unwritten)  # sums since the last line; "steps" is their number
+        self.shown = deque(maxlen=config.train.log_every)  # metrics whose means progress shows
         self.writers = Writers(config, start) if jax.process_index() == 0 else None
         self.profile = Profile(config, start)
 
@@ -198,10 +201,13 @@ class Log:
                 raise diverged(what, self.config.workdir / "checkpoints")
             for name, value in {"steps": 1, **values}.items():
                 self.unwritten[name] = self.unwritten.get(name, 0) + value
-            words = [f"loss {loss:.4f}", self.rates]
-            if "mse" in values:  # whose variational part jumps
-                words.insert(1, f"mse {values['mse']:.4f}")
-            self.progress.advance(1, "  ".join(filter(None, words)))
+            self.shown.append(values)
+            words = [
+                f"{name} {statistics.fmean(row[name] for row in self.shown):.4f}"
+                for name in ("loss", "mse")  # whose variational part jumps
+                if name in values
+            ]
+            self.progress.advance(1, "  ".join(filter(None, [*words, self.rates])))
         self.pending.clear()
 
     @contextlib.contextmanager
@@ -396,16 +402,17 @@ def read_metrics(path: Path) -> Iterator[tuple[str, Metrics]]:
 
 # loss.png
 
+AVERAGE = "held_out_loss_ema_"  # and its decay: of an average but the first
 PANELS = [
     {
         "loss": "loss",
         "mse": "squared error of the noise",
         "vb": "variational term (bits)",
-        "held_out_loss": "loss of held-out images",
-        "held_out_loss_ema": "loss of held-out images, averaged weights",
+        "held_out_loss": "of held-out images",
+        "held_out_loss_ema": "of held-out images, averaged weights",
     },
     {
-        "loss_quarter_1": "loss, t in its first quarter, next to the image",
+        "loss_quarter_1": "t in its first quarter, next to the image",
         "loss_quarter_2": "second quarter",
         "loss_quarter_3": "third quarter",
         "loss_quarter_4": "last quarter, next to noise",
@@ -440,9 +447,12 @@ def plot_loss(workdir: Path, band: np.ndarray | None = None) -> None:
     from matplotlib.figure import Figure
 
     rows = [row for _, row in read_metrics(workdir / "metrics.jsonl")]
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    names = {name for row in rows for name in row}
+    averages = sorted(name for name in names if name.startswith(AVERAGE))
+    others = {name: f"the same, of decay {name.removeprefix(AVERAGE)}" for name in averages}
+    figure = Figure(figsize=(11, 5), layout="constrained")
     panels = figure.subplots(1, len(PANELS))
-    for axes, labels in zip(panels, PANELS, strict=True):
+    for axes, labels in zip(panels, (PANELS[0] | others, PANELS[1]), strict=True):
         for name, label in labels.items():
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:  # not every run has all of them
@@ -453,6 +463,6 @@ def plot_loss(workdir: Path, band: np.ndarray | None = None) -> None:
         steps, low, high = band[band[:, 0] <= rows[-1]["step"]].T
         panels[0].fill_between(steps, low, high, alpha=0.2, label="loss of other seeds")
     for axes in panels:
-        if axes.lines:
-            axes.legend()
+        if axes.lines:  # above, where it hides no curve
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize="small")
     figure.savefig(workdir / "loss.png", dpi=120)

@@ -248,7 +248,7 @@ def test_a_config_file_imports_what_lies_beside_it_and_it_hides_no_package(tmp_p
         ),
         (
             ["digits", "--model.hiden-size", "3"],
-            "Unrecognized options: --model.hiden-size, 3 Perhaps you meant: --model.hidden-size",
+            "--model.hiden-size, 3; the nearest is '--model.hidden-size' (see",
         ),
         (
             ["digits", "--train.steps", "ten"],
@@ -261,7 +261,8 @@ def test_a_config_file_imports_what_lies_beside_it_and_it_hides_no_package(tmp_p
         (["digits", "--train.steps"], "Missing value for argument '--train.steps'"),
         (["digits", "--train.steps", "0"], "train.steps: 0 should be more than 0"),
         ([], "preset: missing; it should come first, one of cifar10, cifar10_flow, cifar10_tiny"),
-        (["nowhere.py"], "preset: 'nowhere.py' is neither a preset nor a Python file"),
+        (["nowhere.py"], "preset: 'nowhere.py' should be a file, and there is none"),
+        (["trian.py"], "should be a file, and there is none; the nearest is 'train.py'"),
     ],
 )
 def test_a_command_line_that_cannot_be_is_refused_in_one_line(refused, argv, words):

@@ -349,11 +349,11 @@ LATENTS = dict(latents="x", image_size=48)
         (dict(data=dict(vae="x")), "data.vae: 'x' should be given with data.latents"),
         (
             dict(eval=dict(split="train[90%:]")),
-            "eval.split: 'train[90%:]' should be of other images than data.split = 'train'",
+            "eval.split: 'train[90%:]' should be of other images than data.split = 'train', as",
         ),
         (
             dict(eval=dict(split="train[:9]"), data=dict(split="train[:9]")),
-            "eval.split: 'train[:9]' should be of other images than data.split = 'train[:9]'",
+            "eval.split: 'train[:9]' should be of other images than data.split = 'train[:9]', as",
         ),
         (
             dict(data=LATENTS | dict(augment=0.1)),

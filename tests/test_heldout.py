@@ -60,7 +60,7 @@ def test_images_are_spread_over_the_split_and_fill_their_batches(monkeypatch):
 def test_a_split_that_is_not_there_is_refused(refused, tmp_path):
     flags = ["--workdir", tmp_path / "run", "--eval.split", "nowhere"]
     line = refused(run_train, *TINY, *flags)
-    assert line.startswith("train.py: eval.split: data.split: 'nowhere' should be train")
+    assert line.startswith("train.py: eval.split: 'nowhere' should be train")
     assert not (tmp_path / "run").exists()
 
 
@@ -107,7 +107,8 @@ def test_a_run_measures_its_last_weights_and_their_average_every_so_often(tmp_pa
 
 def test_the_plot_shows_it_at_the_steps_at_which_it_was_measured(tmp_path, monkeypatch):
     rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
-    rows += [{"step": 2, "held_out_loss": 5.0, "held_out_loss_ema": 4.0}]
+    losses = {"held_out_loss": 5.0, "held_out_loss_ema": 4.0, "held_out_loss_ema_0.05": 3.0}
+    rows += [{"step": 2} | losses]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = {}
 
@@ -115,10 +116,11 @@ def test_the_plot_shows_it_at_the_steps_at_which_it_was_measured(tmp_path, monke
         lines[label] = (list(steps), list(values))
 
     monkeypatch.setattr(Axes, "plot", plot)
-    monkeypatch.setattr(Axes, "legend", lambda axes: None)
+    monkeypatch.setattr(Axes, "legend", lambda axes, **style: None)
     log.plot_loss(tmp_path)
     assert lines == {
         "loss": ([1, 2], [3, 2]),
-        "loss of held-out images": ([2], [5]),
-        "loss of held-out images, averaged weights": ([2], [4]),
+        "of held-out images": ([2], [5]),
+        "of held-out images, averaged weights": ([2], [4]),
+        "the same, of decay 0.05": ([2], [3]),
     }

@@ -245,6 +245,17 @@ def test_the_bar_shows_loss_and_rates(time, tmp_path, monkeypatch):
     assert [row["peak_memory_gib"] for row in rows(tmp_path)] == [1.5]
 
 
+def test_progress_shows_means_of_as_many_steps_as_a_line_of_the_log_has(tmp_path):
+    with log.Log(config_in(tmp_path, log_every=2), 0, 1.0, {}) as run:
+        shown = []
+        run.progress.advance = lambda count, note: shown.append(note)
+        for step, loss in enumerate([1.0, 2.0, 4.0], 1):
+            run.record(step, METRICS | {"loss": loss})
+        run.fetch()
+    words = [f"loss {loss}000  mse 0.7500" for loss in ("1.0", "1.5", "3.0")]
+    assert shown == words
+
+
 def test_without_a_terminal_lines_on_stdout_show_loss_and_rates(time, tmp_path, capsys):
     metrics = {name: value for name, value in METRICS.items() if name != "mse"}  # as flow's
     with log.Log(config_in(tmp_path), 6, 1e11, {}) as run:
@@ -419,7 +430,7 @@ def test_a_profile_is_of_the_steps_after_the_first_one(tmp_path, monkeypatch, ca
     [
         ([], ["loss"]),
         (["mse", "vb"], ["loss", "squared error", "variational"]),
-        (["loss_quarter_1", "loss_quarter_3"], ["loss", "loss, t in its first", "third"]),
+        (["loss_quarter_1", "loss_quarter_3"], ["loss", "t in its first", "third"]),
     ],
 )
 def test_the_plot_has_a_line_for_the_loss_and_for_each_part_that_it_has(

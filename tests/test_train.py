@@ -299,7 +299,7 @@ def test_a_dry_run_tries_every_part_and_leaves_nothing(tmp_path, monkeypatch, ca
         " restored bit for bit in ",
         "a grid of 80 was drawn in ",
         "20 steps of ",
-        f"evaluations not counted; {tmp_path / 'run'} is as it was\n",
+        f"evaluations not counted; nothing was written to {tmp_path / 'run'}\n",
     ]:
         assert words in out
 
@@ -368,7 +368,7 @@ def test_a_finished_run_is_left_as_it_is_and_a_longer_one_goes_on(whole_run, tmp
     before = files(workdir)
     for _ in range(2):
         state = run_train(*TINY, "--workdir", workdir, "--train.steps", "20")
-        words = "already at step 20: nothing to do before --train.steps 21\n"
+        words = "already at step 20; to go on, ask for more than --train.steps 20\n"
         assert capsys.readouterr().out == words
         for a, b in zip(arrays(whole_run, 20), jax.tree.leaves(state), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -417,7 +417,7 @@ def test_a_finished_cosine_takes_the_advice_to_go_on(tmp_path, capsys):
     run_train(*options, 2)
     capsys.readouterr()
     run_train(*options, 2)
-    advice = "already at step 2: nothing to do before --train.steps 3\n"
+    advice = "already at step 2; to go on, ask for more than --train.steps 2\n"
     assert capsys.readouterr().out == advice
     run_train(*options, 3)
     assert "; it falls to 0 at step 3\n" in capsys.readouterr().out
