@@ -101,9 +101,6 @@ def train_step(config: Config, state: State, batch: Batch) -> tuple[State, Metri
     x, condition = augment(batch, data_key, config.data)  # [B, H, W, C]
     condition = drop_condition(condition, drop_key, config)
     sample_keys = jax.random.split(noise_key, len(x))  # one a sample, so parts equal the whole
-    if config.model.dropout:
-        other_key = partial(jax.random.fold_in, data=2)  # 0 and 1 are the time's and the noise's
-        condition["dropout_keys"] = jax.vmap(other_key)(sample_keys)
 
     def loss_and_grads(model: DiT, samples: tuple) -> tuple:
         return jax.value_and_grad(objective.loss, has_aux=True)(model, *samples)

@@ -97,7 +97,7 @@ NonNegativeInt = Annotated[int, NON_NEGATIVE]
 PositiveFloat = Annotated[float, POSITIVE]
 NonNegativeFloat = Annotated[float, NON_NEGATIVE]
 Probability = Annotated[float, Range(lambda value: 0 <= value <= 1, "a probability, from 0 to 1")]
-Decay = DropRate = Annotated[float, Range(lambda value: 0 <= value < 1, "from 0 to below 1")]
+Decay = Annotated[float, Range(lambda value: 0 <= value < 1, "from 0 to below 1")]
 Seed = Annotated[int, Range(lambda value: 0 <= value < 2**32, "from 0 to 2^32 - 1")]
 Byte = Annotated[int, Range(lambda value: 0 <= value <= 255, "from 0 to 255")]
 Count = Annotated[int, Range(lambda value: 0 < value <= 10**7, "from 1 to 10 million")]
@@ -135,7 +135,6 @@ class Model:
     patch_size: PositiveInt = 2  # side of a patch, in pixels (in latent pixels where data.latents)
     mlp_ratio: PositiveFloat = 4.0  # width of the MLP, as a multiple of hidden_size
     conditioning: str = "adaln_zero"  # block: adaln_zero, adaln, cross_attention, in_context
-    dropout: DropRate = 0.0  # share of what attention and MLP add that training drops
     remat: Remat = "none"  # what of a block is computed twice: nothing, all but its dots, all of it
 
 

@@ -45,8 +45,7 @@ MEMORY_LIMIT = 4 << 30  # bytes of decoded images to keep in memory; more are de
 DECODE_LIMIT = 300  # seconds at the start to decode them in; else they are decoded each epoch
 DECODED_AT_ONCE = 1024  # images
 
-# What the model is told beside x and t: "y", "mask" if any and, in training alone, "augment" and
-# "dropout_keys" if any
+# What the model is told beside x and t: "y", "mask" if any and, in training alone, "augment" if any
 Condition = dict[str, jax.Array]
 
 

@@ -4,7 +4,6 @@ B batch, H and W height and width, C channels of the image, p side of a patch, T
 tokens, D hidden size, N heads, L depth, S tokens of a sequence that is attended to.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -183,33 +182,8 @@ class MLP(nnx.Module):
         return self.down(gelu(self.up(x)))
 
 
-Drop = Callable[[jax.Array, int], jax.Array]
-
-
-def keep(x: jax.Array, branch: int) -> jax.Array:
-    """x, whatever the branch: no dropout."""
-    return x
-
-
-def dropout(rate: float, keys: jax.Array) -> Drop:
-    """The function (x `[B, T, D]`, branch) -> x, each value 0 with probability `rate`.
-
-    The others are divided by 1 - rate (Srivastava et al., JMLR 2014). Which are 0 in sample i is a
-    function of keys[i] and the branch's number.
-    """
-
-    def drop(x: jax.Array, branch: int) -> jax.Array:
-        def is_kept(key: jax.Array) -> jax.Array:
-            return jax.random.bernoulli(jax.random.fold_in(key, branch), 1 - rate, x.shape[1:])
-
-        return jnp.where(jax.vmap(is_kept)(keys), x.astype(jnp.float32) / (1 - rate), 0.0)
-
-    return drop
-
-
 # The four block designs of the paper: x [B, T, D] and the condition c to [B, T, D]. Where the block
 # is `adaptive`, c is a vector of the image or of each token, elsewhere the sequence of t and y.
-# `drop` is applied to what each branch adds to x (Vaswani et al., 1706.03762, sec. 5.4).
 
 
 class AdaLNZeroBlock(nnx.Module):
@@ -222,10 +196,10 @@ class AdaLNZeroBlock(nnx.Module):
         self.attention = SelfAttention(hidden_size, num_heads, dtype=dtype, rngs=rngs)
         self.mlp = MLP(hidden_size, mlp_ratio, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, c: jax.Array, drop: Drop = keep) -> jax.Array:
+    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(nnx.silu(c))
-        x = x + gate_1 * drop(self.attention(modulate(x, shift_1, scale_1)), 0)
-        x = x + gate_2 * drop(self.mlp(modulate(x, shift_2, scale_2)), 1)
+        x = x + gate_1 * self.attention(modulate(x, shift_1, scale_1))
+        x = x + gate_2 * self.mlp(modulate(x, shift_2, scale_2))
         return x
 
 
@@ -239,10 +213,10 @@ class AdaLNBlock(nnx.Module):
         self.attention = SelfAttention(hidden_size, num_heads, dtype=dtype, rngs=rngs)
         self.mlp = MLP(hidden_size, mlp_ratio, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, c: jax.Array, drop: Drop = keep) -> jax.Array:
+    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         shift_1, scale_1, shift_2, scale_2 = self.modulation(nnx.silu(c))
-        x = x + drop(self.attention(modulate(x, shift_1, scale_1)), 0)
-        x = x + drop(self.mlp(modulate(x, shift_2, scale_2)), 1)
+        x = x + self.attention(modulate(x, shift_1, scale_1))
+        x = x + self.mlp(modulate(x, shift_2, scale_2))
         return x
 
 
@@ -256,10 +230,10 @@ class CrossAttentionBlock(nnx.Module):
         self.cross_attention = CrossAttention(hidden_size, num_heads, dtype=dtype, rngs=rngs)
         self.mlp = MLP(hidden_size, mlp_ratio, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, c: jax.Array, drop: Drop = keep) -> jax.Array:
-        x = x + drop(self.attention(layer_norm(x)), 0)
-        x = x + drop(self.cross_attention(layer_norm(x), c), 1)
-        x = x + drop(self.mlp(layer_norm(x)), 2)
+    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+        x = x + self.attention(layer_norm(x))
+        x = x + self.cross_attention(layer_norm(x), c)
+        x = x + self.mlp(layer_norm(x))
         return x
 
 
@@ -272,9 +246,9 @@ class InContextBlock(nnx.Module):
         self.attention = SelfAttention(hidden_size, num_heads, dtype=dtype, rngs=rngs)
         self.mlp = MLP(hidden_size, mlp_ratio, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, c: jax.Array, drop: Drop = keep) -> jax.Array:
-        x = x + drop(self.attention(layer_norm(x)), 0)
-        x = x + drop(self.mlp(layer_norm(x)), 1)
+    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+        x = x + self.attention(layer_norm(x))
+        x = x + self.mlp(layer_norm(x))
         return x
 
 
@@ -338,9 +312,8 @@ class DiT(nnx.Module):
     `[B, H, W, C]` without `learn_sigma`: the noise, or what flow predicts. `dtype` is the type of
     the products inside the blocks; the residual stream, norms, GELU and softmax are float32, as is
     all before and behind the blocks.
-    In training, `dropout_keys=`, one a sample `[B]`, drops what the branches of the blocks add to
-    the residual stream, at the rate `dropout`; `augment=`, `[B, augment_size]`, tells how images
-    were augmented, and none is the same as zeros.
+    In training, `augment=`, `[B, augment_size]`, tells how images were augmented; none is the same
+    as zeros.
     """
 
     def __init__(
@@ -358,7 +331,6 @@ class DiT(nnx.Module):
         conditioning: str = "adaln_zero",
         mask_classes: int = 0,
         augment_size: int = 0,
-        dropout: float = 0.0,
         dtype=jnp.float32,
         remat: str = "none",
         rngs: nnx.Rngs,
@@ -376,7 +348,6 @@ class DiT(nnx.Module):
         self.conditioning = conditioning
         self.mask_classes = mask_classes
         self.augment_size = augment_size
-        self.dropout = dropout
         self.dtype = dtype
         self.remat = remat
 
@@ -439,7 +410,6 @@ class DiT(nnx.Module):
         y: jax.Array,
         mask: jax.Array | None = None,
         augment: jax.Array | None = None,
-        dropout_keys: jax.Array | None = None,
     ) -> jax.Array:
         positions = position_embedding(self.input_size // self.patch_size, self.hidden_size)
         x = self.patch_embed(patchify(x, self.patch_size))  # [B, T, D]
@@ -449,22 +419,14 @@ class DiT(nnx.Module):
         if isinstance(self.blocks, InContextBlock):
             x = jnp.concatenate([x, c], axis=1)  # [B, T + 2, D]
 
-        layer_keys = None
-        if self.dropout and dropout_keys is not None:
-            split = partial(jax.random.split, num=self.depth)
-            layer_keys = jax.vmap(split, out_axes=1)(dropout_keys)  # [L, B]
-
-        def apply_block(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
-            block, keys = layer
-            if keys is None:
-                return block(x, c), None
-            return block(x, c, dropout(self.dropout, keys)), None
+        def apply_block(x: jax.Array, block: nnx.Module) -> tuple[jax.Array, None]:
+            return block(x, c), None
 
         # A CPU takes blocks faster one by one; but out of a loop the compiler would undo remat.
         unroll = self.remat == "none" and self.depth <= SHALLOW and is_one_cpu()
         if self.remat != "none":
             apply_block = jax.checkpoint(apply_block, policy=REMAT[self.remat], prevent_cse=False)
-        x, _ = jax.lax.scan(apply_block, x, (self.blocks, layer_keys), unroll=unroll)
+        x, _ = jax.lax.scan(apply_block, x, self.blocks, unroll=unroll)
         x = self.final(x[:, :num_patches], c)  # [B, T, p p 2C] or [B, T, p p C]
         return unpatchify(x, self.patch_size)
 

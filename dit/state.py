@@ -55,7 +55,6 @@ def make_model(config: Config, key: jax.Array) -> DiT:
         conditioning=model.conditioning,
         mask_classes=config.data.mask_classes,
         augment_size=AUGMENT_SIZE if config.data.augment else 0,
-        dropout=model.dropout,
         dtype=jnp.dtype(config.train.dtype),
         remat=model.remat,
         rngs=nnx.Rngs(params=key),

@@ -6,15 +6,20 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Container
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # many tests compile the same small step: the cache is shared by the workers and their commands
 CACHE = Path(__file__).resolve().parent.parent / ".pytest_cache" / "xla"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-# compiling takes most of the time, and less than half of it without optimisations
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# compiling takes most of the time: less than half of it without optimisations, and a third of that
+# by XLA's older emitters of fusions, which jax 0.11 has not any more
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if version("jax").startswith("0.10."):
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+OPTIMISED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}  # what runs for longer
 
 import jax
 import jax.numpy as jnp
@@ -176,14 +181,6 @@ def refused(capsys) -> Callable[..., str]:
         return line
 
     return run
-
-
-@pytest.fixture
-def optimised():
-    """For a test that runs for longer than it compiles."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 # Runs and their checkpoints

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import awaken, tiny_config
+from conftest import OPTIMISED, awaken, tiny_config
 
 import dit
 import train
@@ -35,7 +35,7 @@ def snippets(heading: str, language: str = "python") -> list[str]:
 
 def run_python(code: str, folder: Path, path: Path = ROOT) -> str:
     """What a program prints that runs in a folder and finds its modules in a path."""
-    variables = os.environ | {"PYTHONPATH": str(path), "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    variables = os.environ | OPTIMISED | {"PYTHONPATH": str(path)}
     command = [sys.executable, "-c", code]
     answer = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr

@@ -22,7 +22,6 @@ from dit.model import (
     SelfAttention,
     attend,
     count_parameters,
-    dropout,
     gelu,
     multiply_adds,
     patchify,
@@ -402,81 +401,6 @@ def test_a_condition_that_varies_in_space_acts_where_it_stands():
     c = jax.random.normal(jax.random.key(4), (2, 4, 20))
     moved = jnp.abs(block(x, c.at[:, 2].add(1.0)) - block(x, c)).max(axis=(0, 2))
     assert (np.asarray(moved) > 0).tolist() == [False, False, True, False]
-
-
-# Dropout
-
-
-def keys_of(count: int, seed=11) -> jax.Array:
-    return jax.random.split(jax.random.key(seed), count)
-
-
-def test_dropout_drops_its_share_keeps_the_mean_and_differs_by_branch_and_sample():
-    x = jnp.full((7, 40, 50), 3.0)
-    drop = dropout(0.2, keys_of(7))
-    found = drop(x, 0)
-    dropped = np.asarray(found == 0)
-    np.testing.assert_allclose(found, np.where(dropped, 0, 3 / 0.8), rtol=1e-6)
-    assert dropped.mean() == pytest.approx(0.2, abs=4 * (0.16 / x.size) ** 0.5)
-    both = dropped & np.asarray(drop(x, 1) == 0)
-    assert both.mean() == pytest.approx(0.04, abs=4 * (0.04 / x.size) ** 0.5)
-    of_two = dropped[0] & dropped[1]
-    assert of_two.mean() == pytest.approx(0.04, abs=4 * (0.04 / of_two.size) ** 0.5)
-
-
-@pytest.mark.parametrize("rate, given", [(0.0, True), (0.5, False)])
-def test_without_rate_or_without_keys_the_program_is_that_of_no_dropout(rate, given):
-    plain, model = awaken(tiny_model()), awaken(tiny_model(dropout=rate))
-    keys = {"dropout_keys": keys_of(3)} if given else {}
-
-    def lowered(model: DiT, **keys) -> str:
-        return jax.jit(type(model).__call__).lower(model, *inputs(model), **keys).as_text()
-
-    assert lowered(model, **keys) == lowered(plain)
-    np.testing.assert_array_equal(model(*inputs(model), **keys), plain(*inputs(plain)))
-
-
-@pytest.mark.parametrize("design", BLOCKS)
-def test_what_a_sample_drops_depends_on_its_own_key_in_every_layer_and_branch(design):
-    model = awaken(tiny_model(conditioning=design, dropout=0.3))
-    x, t, y = inputs(model)
-    keys = keys_of(3)
-    output = model(x, t, y, dropout_keys=keys)
-    assert jnp.abs(output - model(x, t, y)).max() > 1e-2
-    tokens = model.patch_embed(patchify(x, 3)) + position_embedding(2, 20)
-    c = model.condition(t, y)
-    if design == "in_context":
-        tokens = jnp.concatenate([tokens, c], axis=1)
-    for i in range(model.depth):
-        of_layer = jnp.stack([jax.random.split(key, model.depth)[i] for key in keys])
-        tokens = block_of(model, i)(tokens, c, dropout(0.3, of_layer))
-    expected = unpatchify(model.final(tokens[:, :4], c), 3)
-    np.testing.assert_allclose(output, expected, rtol=2e-5, atol=1e-5)
-    turned = model(x[::-1], t[::-1], y[::-1], dropout_keys=keys[::-1])
-    np.testing.assert_allclose(turned[::-1], output, rtol=1e-4, atol=1e-5)
-
-    traced = jax.make_jaxpr(lambda x: block_of(model, 0)(x, c, dropout(0.3, keys)))(tokens)
-    branches = {"cross_attention": 3}.get(design, 2)
-    assert len(equations(traced.jaxpr, "random_bits")) == branches
-
-
-def test_remat_drops_the_same_again():
-    plain, remat = (awaken(tiny_model(dropout=0.3, remat=how)) for how in ("none", "full"))
-    x, t, y = inputs(plain)
-
-    def grads(model: DiT) -> DiT:
-        return jax.grad(lambda m: jnp.square(m(x, t, y, dropout_keys=keys_of(3))).sum())(model)
-
-    for a, b in zip(jax.tree.leaves(grads(plain)), jax.tree.leaves(grads(remat)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(a).max()))
-
-
-def test_with_dropout_the_residual_stream_is_float32_in_bfloat16():
-    model = tiny_model(jnp.bfloat16, dropout=0.3)
-    drop = dropout(0.3, keys_of(3))
-    x, c = jnp.zeros((3, 4, 20)), jnp.zeros((3, 1, 20))
-    assert jax.eval_shape(lambda x: block_of(model, 0)(x, c, drop), x).dtype == jnp.float32
-    assert drop(x.astype(jnp.bfloat16), 0).dtype == jnp.float32
 
 
 # The label of augmentation

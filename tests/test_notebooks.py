@@ -3,7 +3,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import awaken, tiny_model, write_vae
+from conftest import OPTIMISED, awaken, tiny_model, write_vae
 from nbclient import NotebookClient
 
 from dit.imagenet.official import to_official
@@ -22,8 +22,7 @@ def execute(path: Path, **variables) -> int:
     notebook = nbformat.read(path, as_version=4)
     folder = {"metadata": {"path": str(path.parent)}}
     client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources=folder)
-    optimised = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # they train
-    client.execute(env=os.environ | variables | optimised)
+    client.execute(env=os.environ | variables | OPTIMISED)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
