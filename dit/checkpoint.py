@@ -313,7 +313,7 @@ class Checkpoints:
 
 
 def silence_orbax() -> None:
-    """Keeps off stderr the tracebacks that it has for each part where one fails."""
+    """Keeps off stderr the tracebacks and warnings that it has for each part where one fails."""
 
     def report(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":  # to which the others still answer
@@ -321,6 +321,7 @@ def silence_orbax() -> None:
 
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     sys.unraisablehook = report
 
 
