@@ -3,8 +3,8 @@
 Each study trains a preset with one thing changed, for as many steps of the same batches:
 conditioning (the paper's four designs, and adaLN-Zero without its zero: Peebles & Xie, Figure 5),
 objective (DDPM, or flow matching), times (of flow: uniform, or logit-normal), prediction (of flow:
-v, or x0, in patches of 2, 4 and 8), average (how long the weights' is), regularisation (dropout,
-augmentation) and optimizer (AdamW, or Muon for the blocks' matrices).
+v, or x0, in patches of 2, 4 and 8), average (how long the weights' is), augmentation and optimizer
+(AdamW, or Muon for the blocks' matrices).
 
 Prints the loss and the judge's figures of samples at the end, mean and standard deviation over the
 seeds, and plots them against the step in runs/ablation/PRESET-STUDY.png. Samples are unguided and
@@ -104,11 +104,7 @@ def studies(preset: str) -> dict[str, dict[str, Arm]]:
         "average": {
             str(decay): Arm({"optim": dict(ema_decay=decay)}) for decay in (0.0, 0.99, 0.997, 0.999)
         },
-        "regularisation": {
-            "none": Arm(),
-            "dropout 0.1": Arm({"model": dict(dropout=0.1)}),
-            "augmentation 0.15": Arm({"data": dict(augment=0.15)}),
-        },
+        "augmentation": {str(share): Arm({"data": dict(augment=share)}) for share in (0.0, 0.15)},
         "optimizer": {
             "AdamW": Arm({"optim": dict(name="adamw")}),
             "Muon": Arm({"optim": dict(name="muon")}),
