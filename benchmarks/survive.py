@@ -289,7 +289,7 @@ def flip(runs: Runs, name: Path, bit: int) -> Problem:
 PHASES = {
     "import": ("flax/nnx/__init__.py", "<module>", 1),
     "grid": ("dit/generation.py", "make_draw.<locals>.draw", 1),
-    "save": ("dit/checkpoint.py", "Checkpoints._write_checksums", 2),
+    "save": ("dit/checkpoint.py", "Checkpoints._make_room", 2),
     "compile": ("train.py", "lower_train_step", 1),
     "data": ("dit/data.py", "open_dataset", 1),
     "step": ("dit/sharding.py", "place_batch", 7),

@@ -468,6 +468,7 @@ def test_the_plot_shows_the_band_of_the_same_recipe_as_far_as_the_run_went(tmp_p
 
 def test_the_bands_that_were_measured_are_those_of_the_presets_as_they_are():
     measured = json.loads((cli.CONFIGS / "bands.json").read_text())
+    assert "digits_flow" in measured
     for name in measured:
         config = cli.load_preset(name)
         steps = log.known_band(config)[:, 0]
