@@ -168,7 +168,7 @@ def train(config: Config, stop: StopRequest | None = None) -> State:
     for line in damaged:
         say(line)
     if start >= steps:
-        say(f"already at step {start}; to go on, ask for more than --train.steps {steps}")
+        say(f"already at step {start}; to go on, ask for more than --train.steps {start}")
         return first_state(config, mesh, start, {})
 
     on_any_host = AnyHost(mesh)

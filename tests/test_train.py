@@ -366,8 +366,8 @@ def test_a_finished_run_is_left_as_it_is_and_a_longer_one_goes_on(whole_run, tmp
     workdir = tmp_path / "run"
     shutil.copytree(whole_run, workdir)
     before = files(workdir)
-    for _ in range(2):
-        state = run_train(*TINY, "--workdir", workdir, "--train.steps", "20")
+    for steps in ("20", "7"):
+        state = run_train(*TINY, "--workdir", workdir, "--train.steps", steps)
         words = "already at step 20; to go on, ask for more than --train.steps 20\n"
         assert capsys.readouterr().out == words
         for a, b in zip(arrays(whole_run, 20), jax.tree.leaves(state), strict=True):
