@@ -42,6 +42,7 @@ LAST_LINES = 5  # of the log, whose mean is the loss at the end: a single one is
 FORWARDS = 50  # of the network, for a sample
 JUDGES = {"digits": digits.judge, "cifar10": cifar10.judge}
 FLOWS = {"digits": "digits_flow"}  # of a preset by DDPM, the one by flow matching
+AVERAGES = (0.99, 0.998, 0.999)  # their decays, all of one run
 
 Steps = Annotated[int, Range(lambda value: value >= POINTS, f"at least {POINTS}")]
 
@@ -60,6 +61,7 @@ class XavierBlock(AdaLNZeroBlock):
 class Arm(NamedTuple):
     changes: dict[str, dict[str, Any]] = {}  # of the preset's sections
     patch: contextlib.AbstractContextManager = contextlib.nullcontext()  # of the code
+    ema: bool | float = True  # the weights that are judged, as in checkpoint.load
 
 
 def with_objective(objective: Objective, **fields: Any) -> dict[str, dict[str, Any]]:
@@ -102,7 +104,8 @@ def studies(preset: str) -> dict[str, dict[str, Arm]]:
             for prediction in ("v", "x0")
         },
         "average": {
-            str(decay): Arm({"optim": dict(ema_decay=decay)}) for decay in (0.0, 0.99, 0.997, 0.999)
+            str(ema or "none"): Arm({"optim": dict(ema_decay=AVERAGES)}, ema=ema)
+            for ema in (False, *AVERAGES)
         },
         "augmentation": {str(share): Arm({"data": dict(augment=share)}) for share in (0.0, 0.15)},
         "optimizer": {
@@ -135,7 +138,8 @@ class Curves(NamedTuple):
 
 
 def config_of(study: str, name: str, arm: Arm, options: Options, seed: int) -> Config:
-    words = f"{options.preset} {study} {options.split} {name} {seed}"
+    trained = name if arm.ema is True else ""  # the arms of `average` are of one run
+    words = f"{options.preset} {study} {options.split} {trained} {seed}"
     config = replace(cli.load_preset(options.preset), **arm.changes)
     return replace(
         config,
@@ -158,18 +162,18 @@ def run(study: str, name: str, arm: Arm, options: Options, seed: int) -> Curves:
     config = config_of(study, name, arm, options, seed)
     with arm.patch:
         state = train(config)
-        figures = judge(config, options.samples)
+        figures = judge(config, arm.ema, options.samples)
     rows = read_metrics(config.workdir / "metrics.jsonl")
     losses = [(row["step"], row["loss"]) for _, row in rows]
     return Curves(np.array(losses), figures, multiply_adds(state.model) / 1e9)
 
 
-def judge(config: Config, samples: int) -> dict[str, np.ndarray]:
-    """Each figure of the judge at each checkpoint of a run."""
+def judge(config: Config, ema: bool | float, samples: int) -> dict[str, np.ndarray]:
+    """Each figure of the judge at each checkpoint of a run, by the last weights or an average."""
     labels = np.arange(samples) % config.data.num_classes
     figures: dict[str, list] = {}
     for step in sorted(checkpoint.steps(config.workdir)):
-        model, _ = checkpoint.load(config.workdir, step=step)
+        model, _ = checkpoint.load(config.workdir, ema, step=step)
         images = generation.generate(model, config, labels)
         judged = JUDGES[config.data.name](images, labels, config.data.split)
         for name, figure in judged.items():

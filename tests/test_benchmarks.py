@@ -6,11 +6,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import ablation
 import conftest
 import health
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import sampling as benchmarked
 import scaling
@@ -324,3 +326,34 @@ def test_the_shares_of_times_are_those_that_are_drawn(times):
     drawn = jax.vmap(flow.draw_time)(jax.random.split(jax.random.key(0), 10_007))
     counts, _ = np.histogram(drawn, bins=4, range=(0, 1))
     np.testing.assert_allclose(counts / counts.sum(), shares, atol=0.02)
+
+
+# Ablations
+
+
+@pytest.mark.parametrize("preset", ["digits", "digits_flow", "cifar10_tiny"])
+def test_every_arm_of_every_study_is_a_config_of_its_own(preset):
+    options = ablation.Options(preset=preset)
+    for study, arms in ablation.studies(preset).items():
+        configs = [ablation.config_of(study, *arm, options, 0) for arm in arms.items()]
+        folders = {config.validate().workdir for config in configs}
+        assert len(folders) == (1 if study == "average" else len(arms))
+
+
+def test_an_average_of_a_run_with_several_is_that_of_its_own_run(tmp_path, monkeypatch):
+    """In place of what the weights draw, their norm is the figure at each of the four steps."""
+    monkeypatch.setattr(ablation, "FOLDER", tmp_path)
+    monkeypatch.setattr(cli, "load_preset", lambda name: tiny_config())
+    monkeypatch.setattr(ablation.generation, "generate", lambda model, *_: optax.tree.norm(model))
+    monkeypatch.setattr(ablation, "JUDGES", {"digits": lambda norm, *_: {"norm": float(norm)}})
+    options, decay = ablation.Options(steps=4), ablation.AVERAGES[-1]
+    arms = ablation.studies("digits")["average"]
+    arms["alone"] = ablation.Arm({"optim": dict(ema_decay=decay)})
+    figures = {
+        name: ablation.run("average", name, arms[name], options, 0).figures["norm"]
+        for name in ("none", str(decay), "alone")
+    }
+    assert len(list(tmp_path.iterdir())) == 2
+    np.testing.assert_array_equal(figures[str(decay)], figures["alone"])
+    assert (figures["none"] != figures["alone"])[:, 1].all()
+    assert figures["none"][:, 0].tolist() == [1, 2, 3, 4]
