@@ -206,6 +206,9 @@ def check(options: Sample, config: Config) -> None:
     require(rises, "--guidance-interval", interval, "LOW and a HIGH above it")
     meets_times = not is_flow or interval is None or interval[0] < 1
     require(meets_times, "--guidance-interval", interval, "of times of flow, from 0 to 1")
+    for name, value in [("--cfg-channels", guided), ("--guidance-interval", interval)]:
+        is_used = value is None or options.guidance != 1
+        require(is_used, name, value, "given with a --guidance other than 1")
 
     out, num_samples = Path(options.out), options.num_samples
     is_known = out.suffix in (".png", ".gif", ".npz")
@@ -329,7 +332,7 @@ def read_mask(options: Sample, config: Config) -> np.ndarray | None:
     if options.mask is None:
         return None
     size, classes = config.data.image_size, config.data.mask_classes
-    mask = open_picture("--mask", options.mask, "L")  # [h, w, 1]
+    mask = open_picture("--mask", options.mask, "L", labels=True)  # [h, w, 1]
     height, width, _ = mask.shape
     fits = (height, width) == (size, size) or options.resize_mask
     expected = f"{size}x{size}, or be resized with --resize-mask"
@@ -387,8 +390,9 @@ def claimed_parts(options: Sample, classes: np.ndarray) -> Iterator[Path]:
         require(folder.is_dir(), "--out", options.out, "in a folder that all hosts share")
     yield folder
     if jax.process_index() == 0:
-        finished = folder.rename(out.with_name(out.name + ".done"))  # no parts, even if killed here
-        shutil.rmtree(finished)
+        finished = out.with_name(out.name + ".done")  # no parts, even if killed here
+        shutil.rmtree(finished, ignore_errors=True)
+        shutil.rmtree(folder.rename(finished))
 
 
 if __name__ == "__main__":

@@ -178,9 +178,10 @@ def train(config: Config, stop: StopRequest | None = None) -> State:
             raise Stopped("stopped; the same command goes on from the newest checkpoint")
 
     with refused_together(distributed):
-        weights = resume.load_weights(config, mesh) if start == 0 else {}
+        source = resume.find_weights(config) if start == 0 else None
         evaluate, draw_grid, held_out_loss = make_judges(config, dataset, mesh, check_stop)
     check_stop()
+    weights = resume.load_weights(source, mesh)  # each host waits for all
     with refused_together(distributed):  # written to only now that no host has refused
         lock = resume.prepare_workdir(config, start)
     hosts = (jax.process_index(), jax.process_count())
@@ -197,9 +198,9 @@ def train(config: Config, stop: StopRequest | None = None) -> State:
     with (
         lock,
         contextlib.closing(stream),
+        stop,  # until the last checkpoint is written
         checkpoint.Checkpoints(config, dataset) as checkpoints,
         Log(config, start, flops_per_image, unwritten) as log,
-        stop,
         ended_together(distributed, lambda: f", at step {log.progress.done}"),
     ):
         for step in range(start + 1, steps + 1):
@@ -232,7 +233,8 @@ def train(config: Config, stop: StopRequest | None = None) -> State:
                 if draws:
                     log.grid(step, *draw_grid(state.ema))
     if stops:
-        say(f"stopped at step {step}; the same command goes on from here")
+        next_one = "the same command goes on from here" if step < steps else "which was the last"
+        say(f"stopped at step {step}; {next_one}")
     describe_result(config)
     return state
 

@@ -139,7 +139,7 @@ class Curves(NamedTuple):
 
 def config_of(study: str, name: str, arm: Arm, options: Options, seed: int) -> Config:
     trained = name if arm.ema is True else ""  # the arms of `average` are of one run
-    words = f"{options.preset} {study} {options.split} {trained} {seed}"
+    words = f"{options.preset} {study} {options.split} {options.steps} {trained} {seed}"
     config = replace(cli.load_preset(options.preset), **arm.changes)
     return replace(
         config,
@@ -152,7 +152,7 @@ def config_of(study: str, name: str, arm: Arm, options: Options, seed: int) -> C
             keep_last=POINTS,
             sampler=None,
             sample_steps=FORWARDS // 2 if config.objective.name == "flow" else FORWARDS,
-            workdir=str(FOLDER / re.sub(r"[^\w.]+", "-", words)),
+            workdir=str(FOLDER / re.sub(r"[^\w.]+", "-", words.replace(":", "to"))),
         ),
     )
 

@@ -141,7 +141,7 @@ class Denoiser(nnx.Module):
     """`model(x, t, y)` as DiT has it, for images of one channel and a fixed variance."""
 
     def __init__(self, block: type[nnx.Module], rngs: nnx.Rngs):
-        self.embed_t = TimestepEmbedding(WIDTH, dtype=jnp.float32, rngs=rngs)
+        self.embed_t = TimestepEmbedding(WIDTH, rngs=rngs)
         self.embed_y = nnx.Embed(NUM_CLASSES + 1, WIDTH, rngs=rngs)
         self.stem = nnx.Conv(1, WIDTH, (3, 3), rngs=rngs)
         self.blocks = nnx.List([block(rngs) for _ in range(DEPTH)])
@@ -232,7 +232,7 @@ def main() -> None:
         model, loss = train(block, steps, dataset)
         images = np.asarray(draw(model, labels))
         counts = f"{count_parameters(model):>12,}{model.condition_parameters():>14,}"
-        scores = judge(images, labels)
+        scores = judge(images, labels, "train")
         shown = f"{scores['accuracy']:>10.1%}{scores['frechet_distance']:>9.2f}"
         print(f"{name:<26}{counts}{loss:>9.4f}{shown}", flush=True)
 

@@ -2,9 +2,9 @@
 
 Draws 100 images a class, unguided, and prints four figures beside those of real digits: the share
 that an SVC puts in the class that was asked for; the Frechet distance in pixel space ([-1, 1], 64
-dimensions); the median distance to the nearest training image, over that of real digits that are
-not among the training images (neighbours); and the share that is nearer to a training image than
-95 % of those are (near copies). A model that repeats its training images shows in the last two.
+dimensions); the median distance to the nearest training image, over that of each training image to
+the nearest other (neighbours); and the share that is nearer to a training image than 95 % of those
+are to another (near copies). A model that repeats its training images shows in the last two.
 
 The judges are the digits that the run has not seen, after `--data.split 'train[:50%]'`, or all of
 them where it was trained on all. Of the real digits' figures, accuracy is that of an SVC on digits

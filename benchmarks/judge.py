@@ -3,7 +3,7 @@
 (1) accuracy: the share of the images that a classifier puts in the class that was asked for
 (2) Frechet distance of their features to those of real images
 (3) neighbour ratio: the median distance from an image to the nearest training image, over that of
-    real images which are not among the training images. Copies of training images have 0.
+    real images to the nearest training image but themselves. Copies of training images have 0.
 (4) near copies: the share of the images that are nearer to a training image than 95 % of those real
     images are; of these 5 % are
 
@@ -31,7 +31,7 @@ class Real(NamedTuple):
 
     reference: Gaussian  # that (2) is the distance to
     training: np.ndarray  # [M, D]
-    distances: np.ndarray  # of images that are not training images, to the nearest one: [K]
+    distances: np.ndarray  # of real images, to the nearest training image but themselves: [K]
 
 
 def judge_features(

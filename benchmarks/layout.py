@@ -88,7 +88,7 @@ def main() -> None:
     print(f"\n{'condition':<44}{'IoU':>8}{'accuracy':>12}{'Frechet':>10}")
     for name, drawn in images.items():
         iou = mean_iou(masks, ink_masks(drawn))
-        scores = judge(drawn, labels)
+        scores = judge(drawn, labels, config.data.split)
         shown = f"{scores['accuracy']:>12.1%}{scores['frechet_distance']:>10.2f}"
         print(f"{name:<44}{iou:>8.3f}{shown}")
     iou = iou_of_another_digit(masks, labels)

@@ -124,7 +124,7 @@ def find(
     numbers = ", ".join(map(str, kept))
     require(step in kept, "step", step, f"one of {numbers}, which {str(path)!r} keeps")
     problem = damage(step_folder(path, step))
-    require(problem is None, "step", step, f"of an intact checkpoint, in which {problem}")
+    require(problem is None, "step", step, f"of an intact checkpoint: in this one {problem}")
     check_layout(path, step, option)
     return path, step, []
 
@@ -264,7 +264,7 @@ class Checkpoints:
             optimizer=ocp.args.StandardSave(optimizer),
             config=ocp.args.JsonSave(dataclasses.asdict(self.config)),
             dataset=ocp.args.JsonSave(self.facts),
-            log=ocp.args.JsonSave(unwritten),
+            log=ocp.args.JsonSave(dict(unwritten)),  # which the log goes on with meanwhile
         )
         self.saving = step
         with self._failures_noted():

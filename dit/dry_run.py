@@ -38,11 +38,11 @@ def dry_run(config: Config, compile_step: Callable, stop: StopRequest | None = N
 
     say_config(config)
     config, mesh, dataset, start, _ = open_run(config)
-    weights = resume.load_weights(config, mesh) if start == 0 else {}
+    source = resume.find_weights(config) if start == 0 else None
     unscored = replace(config, eval=dict(every=0))  # an evaluation would take long
     _, draw_grid, _ = make_judges(unscored, dataset, mesh, check_stop)
     check_stop()
-    state = first_state(config, mesh, 0, weights)
+    state = first_state(config, mesh, 0, resume.load_weights(source, mesh))
     describe(config, state, len(dataset.records), start)
     step = compile_step(config, mesh)
     check_stop()
@@ -75,9 +75,9 @@ def dry_run(config: Config, compile_step: Callable, stop: StopRequest | None = N
     seconds_each = statistics.mean(seconds[1:])
     total = len(left) * seconds_each + len(grids) * grid_seconds
     say(
-        f"{len(left):,} steps of {seconds_each:.3g} s and their grids would take at most "
-        f"{tqdm.format_interval(total)}, evaluations not counted; nothing was written to "
-        f"{config.workdir}"
+        f"{len(left):,} steps of {seconds_each:.3g} s and their grids would take "
+        f"{tqdm.format_interval(total)}; waiting for data, checkpoints and evaluations are not "
+        f"counted, and nothing was written to {config.workdir}"
     )
 
 

@@ -231,6 +231,7 @@ def generate(
     steps: int | None = None,
     vae: Any = None,
     mask: np.ndarray | None = None,
+    guide: DiT | None = None,
     batch_size: int = 256,
     **options: Any,
 ) -> np.ndarray:
@@ -248,6 +249,7 @@ def generate(
     expected = "given, as by dit.load_vae(folder), for a model of latents, and for no other"
     require(fits, "vae", type(vae).__name__, expected)
     mesh = local_mesh()
+    model, vae, guide = jax.device_put((model, vae, guide), replicated(mesh))
     draw = make_draw(
         config,
         mesh,
@@ -257,9 +259,9 @@ def generate(
         steps=steps,
         guidance=guidance,
         seed=seed,
+        guide=guide,
         **options,
     )
-    model, vae = jax.device_put((model, vae), replicated(mesh))
     return draw_all(draw, model, vae, len(labels), batch_size)
 
 

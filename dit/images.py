@@ -34,14 +34,14 @@ def to_uint8(image: jax.Array) -> jax.Array:
 # Pictures
 
 
-def open_picture(option: str, path: str, mode: str) -> np.ndarray:
+def open_picture(option: str, path: str, mode: str, labels: bool = False) -> np.ndarray:
     """uint8 `[H, W, 1]` for the mode "L", `[H, W, 3]` for "RGB". Raises InputError.
 
-    With "L", the entries of a palette stay the labels that they are.
+    With `labels` the entries of a palette stay the labels that they are.
     """
     try:
         picture = Image.open(path)
-        keeps_palette = mode == "L" and picture.mode == "P"
+        keeps_palette = labels and picture.mode == "P"
         pixels = np.asarray(picture if keeps_palette else picture.convert(mode))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{option}: {path!r} should be a picture ({one_line(error)})") from error

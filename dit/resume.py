@@ -12,7 +12,7 @@ import operator
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,26 +116,34 @@ def describe_changes(config: Config, start: int) -> list[str]:
 def prepare_workdir(config: Config, start: int) -> contextlib.ExitStack:
     """Makes the workdir and writes config.json; no other run can use it until the result is closed.
 
-    Checkpoints after step `start` are damaged: they are renamed, so that Orbax does not see them.
-    Raises InputError if it is in use or cannot be written.
+    Damaged checkpoints after step `start` are renamed, so that Orbax does not see them. Raises
+    InputError if the workdir is in use, has been since `start` was found, or cannot be written.
     """
-    lock = contextlib.ExitStack()
     try:
         for name in ("samples", "checkpoints"):
             (config.workdir / name).mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            lock.enter_context(locked(config.workdir, "train.workdir"))
-            write_config(config, start)
-            for step in steps(config.workdir):
-                if step > start:
-                    folder = step_folder(config.workdir, step)
-                    folder.rename(folder.with_name(f"broken-{step}-{int(time.time())}"))
-        return lock
+        with contextlib.ExitStack() as lock:
+            if jax.process_index() == 0:
+                lock.enter_context(locked(config.workdir, "train.workdir"))
+                set_aside_after(config.workdir, start)
+                write_config(config, start)
+            return lock.pop_all()
     except OSError as error:
         raise InputError(
             f"train.workdir: {str(config.workdir)!r} should be a folder that can be written "
             f"({error.strerror})"
         ) from error
+
+
+def set_aside_after(workdir: Path, start: int) -> None:
+    """Renames the checkpoints after step `start`. Raises InputError if one is intact."""
+    later = [step_folder(workdir, step) for step in steps(workdir) if step > start]
+    for folder in later:
+        is_damaged = checkpoint.damage(folder) is not None
+        expected = f"of no other run, which has just saved step {folder.name}; try again"
+        require(is_damaged, "train.workdir", str(workdir), expected)
+    for folder in later:
+        folder.rename(folder.with_name(f"broken-{folder.name}-{int(time.time())}"))
 
 
 def write_config(config: Config, start: int) -> None:
@@ -176,18 +184,22 @@ def restore(config: Config, mesh: jax.sharding.Mesh, start: int) -> State:
 # The weights of another model
 
 
-def load_weights(config: Config, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """The parameters of `train.init_from` that fit by name and shape; without it none.
+class Source(NamedTuple):
+    """Averaged weights that a run begins with."""
 
-    They are averaged ones, placed as a run's own. Says which fit. Raises InputError if none does.
-    """
+    folder: Path  # their checkpoint
+    config: Config  # of the model that they are of
+    taken: list[str]  # the parameters that fit by name and shape
+
+
+def find_weights(config: Config) -> Source | None:
+    """What `train.init_from` means. Says which parameters fit. Raises InputError if none does."""
     source = config.train.init_from
     if source is None:
-        return {}
+        return None
     workdir, step, damaged = checkpoint.find(Path(source), option="train.init_from")
     stored = stored_config(workdir, step)
-    shapes = abstract_model(stored)
-    ours, theirs = arrays_by_name(abstract_model(config)), arrays_by_name(shapes)
+    ours, theirs = arrays_by_name(abstract_model(config)), arrays_by_name(abstract_model(stored))
     taken = [name for name, array in ours.items() if theirs.get(name) == array]
     expected = "weights of which some fit: none has the name and the shape of one of this model's"
     require(taken, "train.init_from", source, expected)
@@ -195,16 +207,26 @@ def load_weights(config: Config, mesh: jax.sharding.Mesh) -> dict[str, jax.Array
     has_heads = config.model.num_heads == heads or not any("attention" in name for name in taken)
     expected = f"{heads}, those of train.init_from, whose attention is taken: no shape says them"
     require(has_heads, "model.num_heads", config.model.num_heads, expected)
-
-    target = with_shardings(shapes, shardings(shapes, mesh))
-    model = checkpoint.restore_item(step_folder(workdir, step) / "ema", target)
-    expected = f"of finite weights, which those of checkpoint {step} are not"
-    require(jax.jit(checkpoint.is_finite)(model), "train.init_from", source, expected)
     for line in damaged:
         say(line)
     say(f"from {source}, checkpoint {step}: {describe_weights(taken, list(ours))}")
+    return Source(step_folder(workdir, step), stored, taken)
+
+
+def load_weights(source: Source | None, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """The parameters that are taken, placed as a run's own; without a source none.
+
+    All hosts read their parts together. Raises InputError for what is not finite.
+    """
+    if source is None:
+        return {}
+    shapes = abstract_model(source.config)
+    target = with_shardings(shapes, shardings(shapes, mesh))
+    model = checkpoint.restore_item(source.folder / "ema", target)
+    is_finite = jax.jit(checkpoint.is_finite)(model)
+    require(is_finite, "train.init_from", str(source.folder), "of finite weights")
     leaves = leaves_by_name(model)
-    return {name: leaves[name] for name in taken}
+    return {name: leaves[name] for name in source.taken}
 
 
 def describe_weights(taken: list[str], names: list[str]) -> str:

@@ -7,10 +7,12 @@ from functools import partial
 from pathlib import Path
 
 import ablation
+import class_conditioning
 import conftest
 import health
 import jax
 import jax.numpy as jnp
+import layout
 import numpy as np
 import optax
 import pytest
@@ -357,3 +359,33 @@ def test_an_average_of_a_run_with_several_is_that_of_its_own_run(tmp_path, monke
     np.testing.assert_array_equal(figures[str(decay)], figures["alone"])
     assert (figures["none"] != figures["alone"])[:, 1].all()
     assert figures["none"][:, 0].tolist() == [1, 2, 3, 4]
+
+
+# The condition, in a small network and in a layout
+
+
+def test_every_way_to_tell_the_class_is_trained_and_judged(monkeypatch, capsys):
+    monkeypatch.setattr(class_conditioning, "SAMPLES", 20)
+    monkeypatch.setattr(class_conditioning, "SAMPLE_STEPS", 3)
+    monkeypatch.setattr(class_conditioning, "DEPTH", 1)
+    run(class_conditioning, "class_conditioning.py", "--steps", "51")
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    for line, name in zip(lines, class_conditioning.DESIGNS, strict=True):
+        assert line.startswith(name)
+        *_, loss, accuracy, distance = line.split()
+        assert 0 < float(loss) < 2 and accuracy.endswith("%") and float(distance) > 0
+
+
+def test_a_layout_is_drawn_by_a_vector_a_token_and_by_one_for_all(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(layout, "SAMPLES", 20)
+    monkeypatch.setattr("dit.model.MaskEmbedding", layout.MaskEmbedding)  # undone in the end
+    monkeypatch.setattr(cli, "load_preset", lambda name: tiny_config(data=dict(mask_classes=2)))
+    run(layout, "layout.py", "--steps", "2")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-4:]]
+    assert all(0 < float(row[-3]) < 1 and row[-2].endswith("%") for row in rows[:3])
+    assert float(rows[3][-1]) > 0.3, "two digits of a class have much in common"
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {
+        "layout-spatial",
+        "layout-pooled",
+    }

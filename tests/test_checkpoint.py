@@ -96,6 +96,16 @@ def test_a_step_that_is_saved_already_is_left_alone(copy):
     assert {name: after[name] for name in before} == before
 
 
+def test_what_the_log_holds_is_saved_as_it_is_at_the_step(saved, tmp_path):
+    """The log goes on with it while Orbax writes."""
+    config = run_config(tmp_path)
+    sums = {"steps": 2, "loss": 3.0}
+    with checkpoint.Checkpoints(config, digits()) as checkpoints:
+        checkpoints.save(at_step(saved[2], 10), sums)
+        sums["loss"] = 5.0
+    assert checkpoint.stored_metrics(tmp_path, 10) == {"steps": 2, "loss": 3.0}
+
+
 def test_the_last_few_and_every_nth_are_kept(saved, tmp_path):
     config = run_config(tmp_path, keep_last=2, keep_every=4)
     save_steps(config, saved[2], [2, 4, 6, 8, 10, 12])
@@ -262,7 +272,7 @@ def test_a_checkpoint_that_is_not_kept_or_not_intact_is_refused(copy):
     with pytest.raises(InputError, match=f"^step: 10 should be left out: {str(path)!r} is of step"):
         checkpoint.find(path, 10)
     (path / "ema/_METADATA").unlink()
-    words = "^step: 20 should be of an intact checkpoint, in which ema/_METADATA is missing$"
+    words = "^step: 20 should be of an intact checkpoint: in this one ema/_METADATA is missing$"
     with pytest.raises(InputError, match=words):
         checkpoint.find(workdir, 20)
     with pytest.raises(InputError, match="^source: '.*' should hold an intact checkpoint in"):

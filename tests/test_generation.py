@@ -313,6 +313,16 @@ def test_the_batch_does_not_change_a_sample_and_the_seed_does(options):
     assert (whole != other).mean() > 0.5
 
 
+def test_a_model_and_its_guide_from_one_device_are_placed_on_all():
+    """And a model that guides itself draws as it does without."""
+    config, labels = tiny_config(), np.arange(11) % 10
+    model = jax.device_put(awake_model(), jax.devices()[0])
+    plain = generation.generate(model, config, labels)
+    guided = generation.generate(model, config, labels, guidance=30.0, guide=model)
+    assert np.abs(guided.astype(int) - plain).max() <= 1
+    assert (generation.generate(model, config, labels, guidance=30.0) != plain).any()
+
+
 def test_a_batch_begins_where_it_is_told_and_ends_with_the_condition():
     config, condition = tiny_config(), some_digits()
     whole = draw_all(config, awake_model(), condition, **DDIM)

@@ -140,10 +140,12 @@ def test_a_gif_shows_every_frame_under_its_name_and_rests_at_the_last(tmp_path):
 def test_a_palettes_entries_are_labels_and_other_pictures_are_converted(tmp_path):
     labels = random_images(3, 5) % 7
     picture = Image.fromarray(labels, "P")
-    picture.putpalette(list(range(255, -1, -1)) * 3)
+    picture.putpalette([255 - i // 3 for i in range(3 * 256)])
     picture.save(tmp_path / "labels.png")
-    opened = open_picture("--mask", str(tmp_path / "labels.png"), "L")
+    opened = open_picture("--mask", str(tmp_path / "labels.png"), "L", labels=True)
     np.testing.assert_array_equal(opened, labels[..., None])
+    opened = open_picture("--style", str(tmp_path / "labels.png"), "L")
+    np.testing.assert_array_equal(opened, 255 - labels[..., None])
     grey = random_images(3, 5)
     Image.fromarray(grey).save(tmp_path / "grey.png")
     opened = open_picture("--style", str(tmp_path / "grey.png"), "RGB")

@@ -26,7 +26,7 @@ from conftest import (
     tiny_config,
 )
 
-from dit import checkpoint, resume, sharding
+from dit import checkpoint, resume, run, sharding
 from dit.checkpoint import leaves_by_name
 from dit.config import Config, InputError, Mesh, Model, Optim, Train, from_json, replace
 from dit.data import Dataset
@@ -166,7 +166,8 @@ def test_what_steers_a_run_may_change_and_is_said_and_recorded(copy):
 def test_the_history_is_of_the_steps_that_the_run_has_kept(copy):
     workdir, config = copy
     slower, faster = (replace(config, optim=dict(learning_rate=rate)) for rate in (0.1, 0.7))
-    resume.prepare_workdir(slower, 10).close()  # 20 is lost
+    shutil.rmtree(folder(workdir, 20))
+    resume.prepare_workdir(slower, 10).close()
     at_10 = {"step": 10, "optim.learning_rate": [0.001, 0.1]}
     assert history(workdir) == [at_10]
     folder(workdir, 10).rename(folder(workdir, 20))
@@ -178,6 +179,18 @@ def test_the_history_is_of_the_steps_that_the_run_has_kept(copy):
     folder(workdir, 20).rename(folder(workdir, 10))
     resume.prepare_workdir(config, 10).close()
     assert history(workdir) is None
+
+
+def test_a_checkpoint_that_another_run_has_made_meanwhile_is_left_to_it(copy):
+    workdir, config = copy
+    before = files(workdir)
+    expected = (
+        "train.workdir: .* should be of no other run, which has just saved step 20; try again"
+    )
+    with pytest.raises(InputError, match=expected):
+        resume.prepare_workdir(config, 10)
+    assert before.items() <= files(workdir).items()
+    resume.prepare_workdir(config, 20).close()
 
 
 @pytest.mark.parametrize(
@@ -244,7 +257,8 @@ def from_weights(path: Path, **sections) -> Config:
 
 def first_state(config: Config):
     mesh = make_mesh(config)
-    return resume.with_weights(make_state(config, mesh), resume.load_weights(config, mesh))
+    weights = resume.load_weights(resume.find_weights(config), mesh)
+    return run.first_state(config, mesh, 0, weights)
 
 
 def test_a_new_run_begins_with_the_averaged_weights_of_another(saved, monkeypatch, capsys):
@@ -325,7 +339,7 @@ def test_weights_that_are_not_finite_are_refused(weights, tmp_path):
     _, model = weights
     poisoned = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.nan), model)
     checkpoint.save_weights(tmp_path / "x", poisoned, tiny_config(), tuple("abcdefghij"))
-    with pytest.raises(InputError, match="^train.init_from: .* should be of finite weights, which"):
+    with pytest.raises(InputError, match="^train.init_from: .* should be of finite weights$"):
         first_state(from_weights(tmp_path / "x"))
 
 

@@ -322,6 +322,11 @@ def test_a_name_that_is_a_number_goes_before_the_number():
         (["--steps", "0"], "--steps: 0 should be more than 0"),
         (["--eta", "2"], "--eta: 2.0 should be a probability, from 0 to 1"),
         (["--cfg-channels", "2"], "--cfg-channels: 2 should be from 1 to 1"),
+        (["--cfg-channels", "1"], "1 should be given with a --guidance other than 1"),
+        (
+            ["--guidance-interval", "20", "60"],
+            "--guidance-interval: (20.0, 60.0) should be given with a --guidance other than 1",
+        ),
         (["--cfg-channels", "0"], "--cfg-channels: 0 should be more than 0"),
         (["--per-class", "0"], "--per-class: 0 should be more than 0"),
         (["--batch-size", "0"], "--batch-size: 0 should be more than 0"),
@@ -598,6 +603,7 @@ def test_many_samples_go_on_where_they_were_killed(refused, run, tmp_path, monke
     assert "was begun with seed 0 rather than 1; remove it, or name another folder" in line
     line = refused(run_sample, run, *MANY, "--classes", "3", "--out", out)
     assert "was begun with classes [0, 1, 2, 3, 4, 5, 6, 7, 8, 9] rather than [3]" in line
+    (tmp_path / "y.npz.done/0").mkdir(parents=True)  # of another, killed while it removed its parts
     run_sample(run, *MANY, "--out", out)
     assert calls.drawn == [0, 8, 16, 24, 32, 40], "what was drawn is not drawn again"
     np.testing.assert_array_equal(np.load(out)["arr_0"], whole)

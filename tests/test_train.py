@@ -299,7 +299,7 @@ def test_a_dry_run_tries_every_part_and_leaves_nothing(tmp_path, monkeypatch, ca
         " restored bit for bit in ",
         "a grid of 80 was drawn in ",
         "20 steps of ",
-        f"evaluations not counted; nothing was written to {tmp_path / 'run'}\n",
+        f"are not counted, and nothing was written to {tmp_path / 'run'}\n",
     ]:
         assert words in out
 
@@ -604,6 +604,23 @@ def test_what_was_not_yet_written_of_the_metrics_survives_a_stop(tmp_path):
     quarters = [f"loss_quarter_{k}" for k in (1, 2, 3, 4)]
     for name in ("loss", "mse", "vb", "grad_norm", *quarters):
         assert [row[name] for row in parts] == [row[name] for row in whole]
+
+
+def test_it_is_listened_for_signals_until_the_last_checkpoint_is_written(tmp_path, monkeypatch):
+    """Where the parts of a checkpoint are written in the background, at the run's end."""
+    write_checksums = checkpoint.Checkpoints._write_checksums
+
+    def stopped_while_it_is_written(checkpoints) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        write_checksums(checkpoints)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "_write_checksums", stopped_while_it_is_written)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the run would be dead"))
+    try:
+        run_train(*TINY, "--workdir", tmp_path, "--train.steps", "1")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert checkpoint.newest_intact(tmp_path) == (1, [])
 
 
 def test_sigterm_saves_and_stops(tmp_path):
