@@ -96,13 +96,18 @@ def test_a_step_that_is_saved_already_is_left_alone(copy):
     assert {name: after[name] for name in before} == before
 
 
-def test_what_the_log_holds_is_saved_as_it_is_at_the_step(saved, tmp_path):
-    """The log goes on with it while Orbax writes."""
-    config = run_config(tmp_path)
+def test_what_the_log_holds_is_saved_as_it_is_at_the_step(saved, tmp_path, monkeypatch):
+    """The log goes on with it before Orbax writes."""
     sums = {"steps": 2, "loss": 3.0}
-    with checkpoint.Checkpoints(config, digits()) as checkpoints:
-        checkpoints.save(at_step(saved[2], 10), sums)
+
+    def go_on_and_save(step: int, args) -> None:
         sums["loss"] = 5.0
+        save(step, args=args)
+
+    with checkpoint.Checkpoints(run_config(tmp_path), digits()) as checkpoints:
+        save = checkpoints.manager.save
+        monkeypatch.setattr(checkpoints.manager, "save", go_on_and_save)
+        checkpoints.save(at_step(saved[2], 10), sums)
     assert checkpoint.stored_metrics(tmp_path, 10) == {"steps": 2, "loss": 3.0}
 
 

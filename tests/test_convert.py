@@ -53,8 +53,8 @@ def ours(tensors, tmp_path_factory):
     """The folder that the command makes of the model's official tensors."""
     folder = tmp_path_factory.mktemp("weights")
     save_file(tensors, folder / "dit.safetensors")
-    convert_command(folder / "dit.safetensors", folder / "ours", *HEADS)
-    return folder / "ours"
+    convert_command(folder / "dit.safetensors", folder / "new/ours", *HEADS)
+    return folder / "new/ours"
 
 
 def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]):
@@ -77,8 +77,8 @@ def test_official_to_ours_and_back_is_bit_exact(model, tensors, ours, tmp_path):
     loaded, _ = checkpoint.load(ours)
     x, t, y = inputs(model)
     np.testing.assert_array_equal(loaded(x, t, y), model(x, t, y))
-    convert_command(ours, tmp_path / "again.safetensors", "--to", "official")
-    assert_same(load_file(tmp_path / "again.safetensors"), tensors)
+    convert_command(ours, tmp_path / "new/again.safetensors", "--to", "official")
+    assert_same(load_file(tmp_path / "new/again.safetensors"), tensors)
 
 
 def test_sizes_and_names_are_read_off_the_shapes(ours, tmp_path, capsys, tensors):
@@ -229,7 +229,6 @@ def test_heads_that_the_file_contradicts_are_refused(refused, ours, described, t
 
 
 def test_a_pipelines_transformer_is_found_in_its_folder(ours, tmp_path):
-    (tmp_path / "pipeline").mkdir()
     convert_command(ours, tmp_path / "pipeline/transformer", "--to", "diffusers")
     convert_command(tmp_path / "pipeline", tmp_path / "from_pipeline")
     assert_same_model(ours, tmp_path / "from_pipeline")
@@ -447,9 +446,9 @@ def test_a_config_that_describes_no_dit_is_refused(refused, ours, tmp_path):
 def test_names_that_cannot_be_written_are_refused(refused, ours, tmp_path, monkeypatch):
     line = refused(convert_command, ours, ours)
     assert f"OUT: {str(ours)!r} should be a name that is not taken yet" in line
-    nowhere = tmp_path / "nowhere/out"
-    words = f"OUT: {str(nowhere)!r} should be in a folder that exists"
-    assert words in refused(convert_command, ours, nowhere)
+    (tmp_path / "file").touch()
+    words = f"should be in a folder, which {str(tmp_path / 'file')!r} is not"
+    assert words in refused(convert_command, ours, tmp_path / "file/new/out")
     words = "OUT: 'gs://x/y' should be a path of this host's file system, not of a bucket"
     assert words in refused(convert_command, ours, "gs://x/y")
     words = "OUT: 'x.bin' should be a .pt or .safetensors file"

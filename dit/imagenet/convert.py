@@ -69,6 +69,7 @@ def run(options: Convert) -> None:
     check_out(out)
     if options.to is None:
         model, config, names = read(source, options.num_heads)
+        out.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save_weights(out, model, config, names)
     else:
         workdir, step, damaged = checkpoint.find(source, option="SOURCE")
@@ -90,10 +91,10 @@ def run(options: Convert) -> None:
 
 
 def check_out(out: Path) -> None:
-    """Raises InputError unless OUT is a new name in a folder that can be written."""
-    folder = out.absolute().parent
+    """Raises InputError unless OUT is a new name in a folder that can be written, or made."""
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
     require(not out.exists(), "OUT", str(out), "a name that is not taken yet")
-    require(folder.is_dir(), "OUT", str(out), "in a folder that exists")
+    require(folder.is_dir(), "OUT", str(out), f"in a folder, which {str(folder)!r} is not")
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -164,10 +165,12 @@ def write(model: DiT, out: Path, layout: str, description: str) -> None:
     if layout == "official":
         is_file = out.suffix in (".pt", ".safetensors")
         require(is_file, "OUT", str(out), "a .pt or .safetensors file")
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(out, to_official(model), description)
     else:
         expected = "4, the only one that diffusers knows"
         require(ratio == 4, "SOURCE: model.mlp_ratio", ratio, expected)
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_diffusers(out, model, description)
 
 
