@@ -1,4 +1,4 @@
-"""Every command that a README shows is one that its program accepts."""
+"""Every command that a README shows is one that its program accepts; those on digits also draw."""
 
 import json
 import os
@@ -8,6 +8,10 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+
+import numpy as np
+from conftest import awake_state, run_config, run_sample, save_steps
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = {path: (ROOT / path).read_text() for path in ("README.md", "benchmarks/README.md")}
@@ -84,6 +88,22 @@ def test_the_commands_are_accepted(tmp_path):
     assert len(statuses) == len(found)
     refused = [shlex.join(words) for words, status in statuses if status != 0]
     assert refused == [], answer.stderr
+
+
+def test_what_is_drawn_of_the_digits_is_drawn_as_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = run_config(Path("runs/digits"))
+    save_steps(config, awake_state(config), [1000, 2000])
+    wanted = [words for words in commands(READMES["README.md"]) if words[0] == "sample.py"]
+    wanted = [argv for _, *argv in wanted if argv[0] == "runs/digits"]
+    assert len(wanted) >= 5
+    for argv in wanted:
+        run_sample(*argv)
+        out = Path("runs/digits") / argv[argv.index("--out") + 1]
+        picture = Image.open(out)
+        assert np.asarray(picture.convert("L")).std() > 10
+        assert (getattr(picture, "n_frames", 1) > 1) == (out.suffix == ".gif")
+        out.unlink()
 
 
 def test_the_extras_exist():
