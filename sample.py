@@ -206,7 +206,8 @@ def check(options: Sample, config: Config) -> None:
     require(rises, "--guidance-interval", interval, "LOW and a HIGH above it")
     meets_times = not is_flow or interval is None or interval[0] < 1
     require(meets_times, "--guidance-interval", interval, "of times of flow, from 0 to 1")
-    for name, value in [("--cfg-channels", guided), ("--guidance-interval", interval)]:
+    ways = {"--cfg-channels": guided, "--guidance-interval": interval}
+    for name, value in (ways | {"--guide-with": options.guide_with}).items():
         is_used = value is None or options.guidance != 1
         require(is_used, name, value, "given with a --guidance other than 1")
 
@@ -256,7 +257,6 @@ def with_guide(options: Sample, config: Config) -> tuple[Sample, list[str]]:
     option, name = "--guide-with", options.guide_with
     if name is None:
         return options, []
-    require(options.guidance != 1, option, name, "given with a --guidance other than 1")
     is_step = re.fullmatch("[0-9]+", name)
     path, step = (options.workdir, int(name)) if is_step else (name, None)
     with naming(Path(option)):

@@ -238,8 +238,8 @@ def generate(
     """Images of labels `[N]`, or of weights of the classes to mix: uint8 `[N, H, W, C]`.
 
     Image i is a function of (seed, i). sampler and steps: None is the run's. vae: of `load_vae`,
-    for a model of latents. mask: uint8 `[H, W]` or `[N, H, W]`. options: of `make_draw`, such as
-    `frames`. Raises InputError.
+    for a model of latents. mask: uint8 `[H, W]` or `[N, H, W]`. guide: a worse model to guide away
+    from. options: of `make_draw`, such as `frames`. Raises InputError.
     """
     sampler, steps = sampler or config.sampler, steps or config.train.sample_steps
     if isinstance(sampler, str):

@@ -69,8 +69,6 @@ def run(options: Convert) -> None:
     check_out(out)
     if options.to is None:
         model, config, names = read(source, options.num_heads)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.save_weights(out, model, config, names)
     else:
         workdir, step, damaged = checkpoint.find(source, option="SOURCE")
         for line in damaged:
@@ -81,7 +79,14 @@ def run(options: Convert) -> None:
         objective = config.objective.name
         expected = "ddpm: the other layouts do not say for which objective a model is"
         require(objective == "ddpm", "SOURCE: objective.name", objective, expected)
-        write(model, out, options.to, describe(config, names))
+        check_layout(model, out, options.to)
+    out.parent.mkdir(parents=True, exist_ok=True)  # only now that nothing has been refused
+    if options.to is None:
+        checkpoint.save_weights(out, model, config, names)
+    elif options.to == "official":
+        write_tensors(out, to_official(model), describe(config, names))
+    else:
+        write_diffusers(out, model, describe(config, names))
     size = config.data.image_size
     print(
         f"wrote {out}: {config.name}, width {model.hidden_size}, {model.depth} blocks, "
@@ -155,8 +160,8 @@ def class_names(num_classes: int) -> tuple[str, ...]:
     return imagenet_names() if num_classes == 1000 else tuple(map(str, range(num_classes)))
 
 
-def write(model: DiT, out: Path, layout: str, description: str) -> None:
-    """Writes a model in the layout "official" or "diffusers". Raises InputError."""
+def check_layout(model: DiT, out: Path, layout: str) -> None:
+    """Raises InputError unless the layout "official" or "diffusers" can hold the model."""
     design, masks, ratio = model.conditioning, model.mask_classes, model.mlp_ratio
     expected = "of adaln_zero blocks, which the other layouts have"
     require(design == "adaln_zero", "SOURCE", design, expected)
@@ -165,13 +170,9 @@ def write(model: DiT, out: Path, layout: str, description: str) -> None:
     if layout == "official":
         is_file = out.suffix in (".pt", ".safetensors")
         require(is_file, "OUT", str(out), "a .pt or .safetensors file")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(out, to_official(model), description)
     else:
         expected = "4, the only one that diffusers knows"
         require(ratio == 4, "SOURCE: model.mlp_ratio", ratio, expected)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_diffusers(out, model, description)
 
 
 if __name__ == "__main__":
