@@ -85,7 +85,8 @@ def draw_grid(
 ) -> Image.Image:
     """A picture of uint8 images `[rows * columns, H, W, C]`, each row behind its name.
 
-    Column names stand over the first columns. Images of fewer than 64 pixels are enlarged.
+    Each column name stands over an equal share of the columns. Images of fewer than 64 pixels are
+    enlarged.
     """
     N, H, W, C = images.shape
     rows, columns = len(row_names), N // len(row_names)
@@ -102,9 +103,10 @@ def draw_grid(
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     if column_names is not None:
-        small = fitting_font(column_names, width - 8, font_size)
-        for column, name in enumerate(column_names):
-            middle = margin + column * (width + gap) + width // 2
+        share = columns // len(column_names) * (width + gap)
+        small = fitting_font(column_names, share - gap - 8, font_size)
+        for place, name in enumerate(column_names):
+            middle = margin + place * share + (share - gap) // 2
             pen.text((middle, header // 2 + 1), name, fill="black", font=small, anchor="mm")
     for row, name in enumerate(row_names):
         top = header + gap + row * (height + gap)

@@ -244,7 +244,7 @@ def test_a_command_that_one_host_refuses_ends_on_both_in_one_line(flags, words, 
     assert list(tmp_path.iterdir()) == []
 
 
-FAILS_AT_STEP_3 = """
+FAILS = """
 import sys
 import jax
 import train
@@ -257,16 +257,29 @@ def batches(*args):
         raise cli.InputError("the records are damaged")
     yield from stream
 
-whole, train.batches = train.batches, batches
+def first_state(*args):
+    if jax.process_index() == 1:
+        raise cli.InputError("a part is damaged")
+    jax.block_until_ready(state := begun(*args))
+    return state
+
+whole, begun = train.batches, train.first_state
+setattr(train, sys.argv[1], globals()[sys.argv[1]])
 with cli.exit_status("train.py"):
-    train.train(cli.parse_config(sys.argv[1:], "train.py", ""))
+    train.train(cli.parse_config(sys.argv[2:], "train.py", ""))
 """
 
 
-def test_what_one_host_refuses_while_it_trains_ends_both_with_its_reason(tmp_path):
-    """Host 0 waits for host 1 in the third step's sums by then."""
-    command = ["-c", FAILS_AT_STEP_3, *TINY, "--workdir", tmp_path, "--mesh.distributed", "True"]
+@pytest.mark.parametrize(
+    "where, reason",
+    [("batches", "the records are damaged\n"), ("first_state", "a part is damaged\n")],
+)
+def test_what_one_host_refuses_while_the_other_waits_ends_both_with_its_reason(
+    where, reason, tmp_path
+):
+    """Host 0 waits for host 1 in the third step's sums, or behind its state."""
+    command = ["-c", FAILS, where, *TINY, "--workdir", tmp_path, "--mesh.distributed", "True"]
     answers = finish(start_hosts([command] * 2))
     assert [status for status, _, _ in answers] == [2, 2], answers
     reasons = [err.partition(": ")[2] for _, _, err in answers]
-    assert reasons == ["host 1: the records are damaged\n", "the records are damaged\n"]
+    assert reasons == [f"host 1: {reason}", reason]

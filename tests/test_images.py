@@ -8,7 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from dit.config import InputError
 from dit.images import (
@@ -117,6 +117,15 @@ def test_the_columns_names_stand_above_the_same_grid_and_fit_their_columns():
     assert over_first.min() < 100
     assert (over_first[:, -2:] == 255).all()
     assert fitting_font(["noise 0.98"], 64, 21).getlength("noise 0.98") <= 64
+
+
+def test_a_lone_name_stands_over_the_middle_of_all_columns_in_the_rows_font():
+    header = np.asarray(draw_grid(random_images(4, 8, 8, 1), ["a"], ["a name of 17 char"]))[:28]
+    inked = np.flatnonzero(header.min(axis=(0, 2)) < 128)
+    assert (inked[0] + inked[-1]) / 2 == pytest.approx(header.shape[1] - 2 * 66, abs=3)
+    assert inked[-1] - inked[0] == pytest.approx(
+        ImageFont.load_default(size=21).getlength("a name of 17 char"), abs=6
+    )
 
 
 def test_a_gif_shows_every_frame_under_its_name_and_rests_at_the_last(tmp_path):
