@@ -9,10 +9,10 @@ from dit.config import Config, Data, Model, Objective, Optim, Train
 
 config = Config(
     name="digits",
-    model=Model(hidden_size=128, depth=4, num_heads=4, patch_size=2),
+    model=Model(hidden_size=128, depth=4, num_heads=4, patch_size=4),
     objective=Objective(schedule="cosine", min_snr_gamma=5.0, label_dropout=0.05),
     data=Data(name="digits", image_size=8, channels=1, num_classes=10),
-    optim=Optim(learning_rate=2e-3, warmup_steps=100, schedule="cosine", ema_decay=0.998),
+    optim=Optim(learning_rate=4e-3, warmup_steps=100, schedule="cosine", ema_decay=0.998),
     train=Train(
         steps=3000,
         batch_size=64,
@@ -21,7 +21,5 @@ config = Config(
         sample_every=1000,
         checkpoint_every=1000,
         keep_every=0,
-        sampler="ddpm",
-        sample_steps=100,
     ),
 )

@@ -9,7 +9,7 @@ from dit.config import Config, Data, Model, Objective, Optim, Train
 
 config = Config(
     name="digits_flow",
-    model=Model(hidden_size=128, depth=4, num_heads=4, patch_size=2),
+    model=Model(hidden_size=128, depth=4, num_heads=4, patch_size=4),
     objective=Objective(name="flow", label_dropout=0.05),
     data=Data(name="digits", image_size=8, channels=1, num_classes=10),
     optim=Optim(learning_rate=4e-3, warmup_steps=100, schedule="cosine", ema_decay=0.998),

@@ -291,7 +291,7 @@ def test_a_dry_run_tries_every_part_and_leaves_nothing(tmp_path, monkeypatch, ca
     assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]
     out = capsys.readouterr().out
     for words in [
-        "optim: name 'adamw', learning_rate 0.002, ",
+        "optim: name 'adamw', learning_rate 0.004, ",
         " parameters, ",
         "traced in ",
         " GFLOP; a device holds ",
@@ -400,7 +400,7 @@ def test_a_run_goes_on_with_what_steers_it_changed(whole_run, tmp_path, capsys):
     steering = "--optim.learning-rate 0 --optim.ema-decay 0 --optim.grad-clip 0.5".split()
     state = run_train(*TINY, "--workdir", workdir, *steering, "--train.steps", "22")
     out = capsys.readouterr().out
-    assert "optim.learning_rate is now 0.0, and was 0.002\n" in out
+    assert "optim.learning_rate is now 0.0, and was 0.004\n" in out
     assert "train.steps is now 22, and was 20\n" in out
     before, _ = checkpoint.load(whole_run, ema=False)
     for model in (state.model, state.ema):
