@@ -44,11 +44,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 TINY = """digits --model.hidden-size 20 --model.depth 2 --model.num-heads 5 --model.patch-size 2
-    --train.batch-size 16 --train.log-every 1 --train.sample-every 0 --train.sample-steps 3 --objective.num-steps 101
-    --optim.schedule constant""".split()
+    --train.batch-size 16 --train.log-every 1 --train.sample-every 0 --train.sample-steps 3
+    --objective.num-steps 101 --optim.schedule constant""".split()
 TINY_FLOW = """digits_flow --model.hidden-size 20 --model.depth 2 --model.num-heads 5
-    --model.patch-size 2 --train.batch-size 16 --train.log-every 1 --train.sample-every 0 --train.sample-steps 3
-    --optim.schedule constant""".split()
+    --model.patch-size 2 --train.batch-size 16 --train.log-every 1 --train.sample-every 0
+    --train.sample-steps 3 --optim.schedule constant""".split()
 
 
 def pytest_collection_modifyitems(items):
