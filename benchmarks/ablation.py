@@ -12,6 +12,11 @@ take 50 forwards. The judge is that of benchmarks/digits.py or benchmarks/cifar1
 kept beside the plot and are resumed.
 """
 
+from dit import heap
+
+if __name__ == "__main__":
+    heap.keep_freed_memory()
+
 import contextlib
 import re
 import sys
@@ -241,5 +246,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    heap.fill_holes_after_compiling()
     with cli.exit_status("benchmarks/ablation.py"):
         main()
