@@ -134,12 +134,13 @@ def run(options: Sample) -> Path:
         labels = generation.draw_labels(options.labels, options.seed, classes, options.num_samples)
 
     ema = options.ema if options.ema_decay is None else options.ema_decay
-    model, config = checkpoint.load(workdir, ema, replicated(mesh), options.dtype, step)
-    guide = None
-    if options.guide_with:
-        folder = Path(options.guide_with)  # known to be intact
-        source, number = folder.parent.parent, int(folder.name)
-        guide, _ = checkpoint.load(source, True, replicated(mesh), options.dtype, number)
+    with ended_together(options.distributed):  # each reads the weights and waits for all
+        model, config = checkpoint.load(workdir, ema, replicated(mesh), options.dtype, step)
+        guide = None
+        if options.guide_with:
+            folder = Path(options.guide_with)  # known to be intact
+            source, number = folder.parent.parent, int(folder.name)
+            guide, _ = checkpoint.load(source, True, replicated(mesh), options.dtype, number)
     draw = generation.make_draw(
         config,
         mesh,

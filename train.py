@@ -169,7 +169,8 @@ def train(config: Config, stop: StopRequest | None = None) -> State:
         say(line)
     if start >= steps:
         say(f"already at step {start}; to go on, ask for more than --train.steps {start}")
-        return first_state(config, mesh, start, {})
+        with ended_together(distributed):
+            return first_state(config, mesh, start, {})
 
     on_any_host = AnyHost(mesh)
 
@@ -181,13 +182,16 @@ def train(config: Config, stop: StopRequest | None = None) -> State:
         source = resume.find_weights(config) if start == 0 else None
         evaluate, draw_grid, held_out_loss = make_judges(config, dataset, mesh, check_stop)
     check_stop()
+    with ended_together(distributed):  # each host reads its parts and waits for the others
+        weights = resume.load_weights(source, mesh)
+    with refused_together(distributed):  # written to only now that no host has refused
+        lock = resume.prepare_workdir(config, start)
     hosts = (jax.process_index(), jax.process_count())
     stream = batches(dataset, config.train.batch_size, seed, start, *hosts)  # reads from here on
-    with ended_together(distributed):  # each host reads its parts and waits for the others
-        state = first_state(config, mesh, start, resume.load_weights(source, mesh))
+    with ended_together(distributed):
+        state = first_state(config, mesh, start, weights)
     with refused_together(distributed):
         checkpoint.require_room(config, state)
-        lock = resume.prepare_workdir(config, start)  # nothing is written before
     describe(config, state, len(dataset.records), start)
     compiled_step = compile_and_say(config, mesh)
     flops_per_image = TRAINING_FLOPS * multiply_adds(state.model)

@@ -155,7 +155,6 @@ def config_of(study: str, name: str, arm: Arm, options: Options, seed: int) -> C
             sample_every=0,
             checkpoint_every=options.steps // POINTS,
             keep_last=POINTS,
-            sampler=None,
             sample_steps=FORWARDS // 2 if config.objective.name == "flow" else FORWARDS,
             workdir=str(FOLDER / re.sub(r"[^\w.]+", "-", words.replace(":", "to"))),
         ),

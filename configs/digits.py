@@ -1,7 +1,7 @@
 """The 8x8 digits that scikit-learn carries, on a laptop: python train.py digits
 
 Hardware: two CPU cores, 2 minutes. Expect 98.8 % of 1,000 unguided samples in the class asked for
-and a Frechet distance of 0.21 to the real digits in pixel space, as
+and a Frechet distance of 0.23 to the real digits in pixel space, as
 `python benchmarks/digits.py runs/digits` prints them.
 """
 

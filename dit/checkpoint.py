@@ -333,10 +333,8 @@ def num_bytes(tree: Any) -> int:
 
 def require_room(config: Config, state: State) -> None:
     """Raises InputError unless the checkpoints that a run keeps, and one more, fit on the disk."""
-    workdir = config.workdir.absolute()
-    size, count = num_bytes(state), config.train.keep_last + 1 - len(steps(workdir))
-    disk = next(folder for folder in (workdir, *workdir.parents) if folder.exists())
-    free = shutil.disk_usage(disk).free
+    size, count = num_bytes(state), config.train.keep_last + 1 - len(steps(config.workdir))
+    free = shutil.disk_usage(config.workdir).free
     expected = f"smaller, or on a larger disk: a checkpoint takes {size / 1e9:.3g} GB, "
     expected += f"{free / 1e9:.3g} GB are free"
     require(count * size <= free, "train.keep_last", config.train.keep_last, expected)

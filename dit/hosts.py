@@ -108,15 +108,17 @@ def command_refused_together(distributed: bool) -> Iterator[None]:
 def ended_together(distributed: bool, where: Callable[[], str] = lambda: "") -> Iterator[None]:
     """Ends all hosts where one fails in the block, in which they may wait for each other.
 
-    The one that fails leaves its reason with the coordinator. The others look there every second,
-    say it and exit with status 2: a host that waits for another in a program cannot be told. Where
-    one is lost the others say so, and `where` that was, such as ", at step 3"; JAX ends them later.
+    At its end they wait too. The one that fails leaves its reason with the coordinator. The others
+    look there every second, say it and exit with status 2: a host that waits for another in a
+    program cannot be told. Where one is lost the others say so, and `where` that was, such as
+    ", at step 3"; JAX ends them later.
     """
     if not distributed:
         yield
         return
     import jax
     from jax._src.distributed import global_state  # as Orbax does it
+    from jax.experimental import multihost_utils
 
     coordinator = global_state.client
     left = threading.Event()
@@ -141,6 +143,7 @@ def ended_together(distributed: bool, where: Callable[[], str] = lambda: "") -> 
     watcher.start()
     try:
         yield
+        multihost_utils.sync_global_devices("ended_together")
     except (Diverged, Stopped):  # as they all have
         raise
     except Exception as error:

@@ -246,6 +246,7 @@ def test_a_command_that_one_host_refuses_ends_on_both_in_one_line(flags, words, 
 
 FAILS = """
 import sys
+import time
 import jax
 import train
 from dit import cli
@@ -257,10 +258,15 @@ def batches(*args):
         raise cli.InputError("the records are damaged")
     yield from stream
 
-def first_state(*args):
+def first_state(config, *args):
+    is_made = config.workdir / "made"
     if jax.process_index() == 1:
+        while not is_made.exists():
+            time.sleep(0.1)
+        time.sleep(2)  # in which host 0 would be elsewhere, if it did not wait
         raise cli.InputError("a part is damaged")
-    jax.block_until_ready(state := begun(*args))
+    state = jax.block_until_ready(begun(config, *args))
+    is_made.touch()
     return state
 
 whole, begun = train.batches, train.first_state
@@ -277,7 +283,7 @@ with cli.exit_status("train.py"):
 def test_what_one_host_refuses_while_the_other_waits_ends_both_with_its_reason(
     where, reason, tmp_path
 ):
-    """Host 0 waits for host 1 in the third step's sums, or behind its state."""
+    """Host 0 waits for host 1 in the third step's sums, or for its state."""
     command = ["-c", FAILS, where, *TINY, "--workdir", tmp_path, "--mesh.distributed", "True"]
     answers = finish(start_hosts([command] * 2))
     assert [status for status, _, _ in answers] == [2, 2], answers
