@@ -58,7 +58,6 @@ if __name__ == "__main__":  # --help and bad input are answered before jax is im
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from dit.data import open_decoded, tfds_config
 from dit.files import claim_folder, whole
@@ -250,12 +249,11 @@ def run(options: MakeLatents) -> None:
     mesh = local_mesh()
     vae = jax.device_put(vae, replicated(mesh))
     batch_size = options.batch_size * mesh.devices.size
-    with ended_together(options.distributed):
+    with ended_together(options.distributed):  # until all shards are written
         for shard in missing:
             latents = encode_records(vae, records, shard.indices, batch_size, mesh)
             write_shard(shard.path, features, progress.over(latents))
         progress.close()
-        multihost_utils.sync_global_devices("all shards are written")
     if jax.process_index() == 0:
         paths = [shard.path for shard in shards]
         count = write_info(Path(options.out), features, split_name(options), paths)
