@@ -43,12 +43,11 @@ from dit.state import State, make_objective, make_state
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-TINY = """digits --model.hidden-size 20 --model.depth 2 --model.num-heads 5 --model.patch-size 2
+SMALL = """--model.hidden-size 20 --model.depth 2 --model.num-heads 5 --model.patch-size 2
     --train.batch-size 16 --train.log-every 1 --train.sample-every 0 --train.sample-steps 3
-    --objective.num-steps 101 --optim.schedule constant""".split()
-TINY_FLOW = """digits_flow --model.hidden-size 20 --model.depth 2 --model.num-heads 5
-    --model.patch-size 2 --train.batch-size 16 --train.log-every 1 --train.sample-every 0
-    --train.sample-steps 3 --optim.schedule constant""".split()
+    --optim.schedule constant""".split()
+TINY = ["digits", *SMALL, "--objective.num-steps", "101"]
+TINY_FLOW = ["digits_flow", *SMALL]
 
 
 def pytest_collection_modifyitems(items):
