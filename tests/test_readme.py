@@ -1,4 +1,4 @@
-"""Every command that a README shows is one that its program accepts; those on digits also draw."""
+"""Every command of the READMEs is accepted; those that train, encode and sample also do so."""
 
 import json
 import os
@@ -10,8 +10,24 @@ import tomllib
 from pathlib import Path
 
 import numpy as np
-from conftest import awake_state, run_config, run_sample, save_steps
+import pytest
+from conftest import (
+    awake_state,
+    run_config,
+    run_sample,
+    run_train,
+    save_steps,
+    tiny_model,
+    write_vae,
+)
 from PIL import Image
+from test_convert import convert_command
+from test_folder import write_folder
+from test_latents import latents_command
+
+from dit.imagenet.official import to_official
+from dit.imagenet.tensors import write_tensors
+from dit.model import BLOCKS
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = {path: (ROOT / path).read_text() for path in ("README.md", "benchmarks/README.md")}
@@ -62,8 +78,9 @@ def commands(text: str) -> list[list[str]]:
     Left out are names of programs alone, commands with a word in capitals, which a reader replaces,
     and plan.py --table, which needs its compilers.
     """
-    blocks = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    blocks = re.findall(r"^```(.*)\n((?s:.*?))^```", text, re.M)
+    shown = "".join(block for language, block in blocks if language == "")
+    lines = shown.replace("\\\n", " ").splitlines()
     prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
     lines += re.findall(r"`(python [^`]+)`", prose)
     found = [shlex.split(line, comments=True) for line in lines if line.startswith("python ")]
@@ -75,11 +92,15 @@ def commands(text: str) -> list[list[str]]:
     ]
 
 
+def own_config() -> str:
+    """The README's file that defines a config."""
+    return re.findall(r"^```python\n(from flax.*?)^```", READMES["README.md"], re.M | re.S)[0]
+
+
 def test_the_commands_are_accepted(tmp_path):
     found = [words for text in READMES.values() for words in commands(text)]
-    assert len(found) > 30
-    own = r"^```python\n(from flax import nnx.*?)^```"
-    (tmp_path / "my_config.py").write_text(re.findall(own, READMES["README.md"], re.M | re.S)[0])
+    assert len(found) > 40
+    (tmp_path / "my_config.py").write_text(own_config())
     program = [sys.executable, "-c", PARSE, ROOT, json.dumps(found)]
     variables = os.environ | {"PYTHONPATH": str(ROOT)}
     answer = subprocess.run(program, cwd=tmp_path, env=variables, capture_output=True, text=True)
@@ -104,6 +125,56 @@ def test_what_is_drawn_of_the_digits_is_drawn_as_written(tmp_path, monkeypatch):
         assert np.asarray(picture.convert("L")).std() > 10
         assert (getattr(picture, "n_frames", 1) > 1) == (out.suffix == ".gif")
         out.unlink()
+
+
+@pytest.fixture
+def what_is_asked_for(tmp_path, monkeypatch):
+    """A folder with the pictures, weights and config that the README's commands are given."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dit.model.BLOCKS", dict(BLOCKS))
+    Path("my_config.py").write_text(own_config())
+    write_folder(Path("path/to/pictures"), heron=11, wren=7)
+    write_folder(Path("path/to/imagenet/train"), fish=5, owl=3)
+    write_folder(Path("photos"), me=5, you=3)
+    write_vae(Path("vae"))
+    sizes = dict(input_size=32, patch_size=2, in_channels=4, depth=1, num_classes=1000)
+    write_tensors(Path("dit.safetensors"), to_official(tiny_model(**sizes)))
+    convert_command("dit.safetensors", "weights/xl2", "--num-heads", 5)
+
+
+def smaller(program: str, *argv: str) -> list[str]:
+    """A command of the README, and behind its own words what makes it one of seconds."""
+    if program == "dit.imagenet.latents":
+        return [*argv, "--batch-size", "1"]
+    if program == "sample.py":
+        fewer = ["--num-samples", "5"] if "--num-samples" in argv else []
+        return [*argv, "--steps", "2", *fewer]
+    flags = """--model.hidden-size 20 --model.depth 1 --model.num-heads 5 --train.batch-size 16
+        --train.steps 1 --train.sample-steps 2"""
+    if argv[0].startswith("cifar10"):  # which is not everywhere, as flowers are not
+        flags += " --data.name path/to/pictures"
+    if argv[0].startswith("imagenet"):
+        flags += " --data.latent-scale 0.7"  # of a random VAE
+        flags += " --data.num-classes 2" if "--data.name" not in argv else ""
+    return [*argv, *flags.split()]
+
+
+def test_what_is_encoded_trained_and_sampled_is_so_as_written(what_is_asked_for, capsys):
+    run = {"dit.imagenet.latents": latents_command, "train.py": run_train, "sample.py": run_sample}
+    found = [words[words[0] == "-m" :] for words in commands(READMES["README.md"])]
+    found = [words for words in found if words[0] in run and "--help" not in words]
+    found = [words for words in found if words[1] != "runs/digits"]  # drawn above
+    found.sort(key=lambda words: words[0] != "dit.imagenet.latents")
+    assert len(found) >= 15
+    for program, *argv in found:
+        run[program](*smaller(program, *argv))
+    trained = {path.parts[1] for path in Path("runs").glob("*/checkpoints/1")}
+    presets = {"digits", "cifar10", "cifar10_tiny", "imagenet256_xl2"}
+    assert trained == presets | {"parallel", "second_try", "mine", "flowers", "photos", "xl2_flow"}
+    line = "20 of 21 parameters taken; label_embed.embedding fresh"
+    assert line in capsys.readouterr().out
+    drawn = "weights/xl2/x.png", "runs/cifar10/samples.npz", "runs/imagenet256_xl2/x.npz"
+    assert all(Path(path).stat().st_size for path in drawn)
 
 
 def test_the_extras_exist():
