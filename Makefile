@@ -2,9 +2,10 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e
 
-.PHONY: demo lint test parity clean
+.PHONY: demo lint test test-slow parity clean
 
 demo: .venv/.demo
 	$(BIN)/python train.py digits
@@ -16,7 +17,10 @@ lint: .venv/.lint
 	$(BIN)/ruff format --check
 
 test: .venv/.test
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m 'not slow and not parity'
+
+test-slow: .venv/.test
+	$(PYTEST) -m 'slow and not parity'
 
 parity: .venv/.parity
 	PYTHONPATH=.venv/plan $(BIN)/python -m pytest -m parity

@@ -101,9 +101,15 @@ class Runs:
 
     @cache  # noqa: B019
     def half(self) -> Path:
-        """The folder of a run that has ended at HALF, with the parts of samples beside it."""
+        """The folder of a run that has ended at HALF."""
         workdir = self.new()
         assert answer("train", *RUN, "--workdir", workdir, "--train.steps", HALF) == (0, [])
+        return workdir
+
+    @cache  # noqa: B019
+    def half_with_parts(self) -> Path:
+        """The same folder, with the parts of samples in it that a kill has left."""
+        workdir = self.half()
         sampling = start_hosts([["sample.py", *sample_npz(workdir, workdir)]])
         while len(list((workdir / "samples.npz.parts").glob("*.npy"))) < 3:
             time.sleep(0.001)
@@ -259,7 +265,7 @@ def kill(runs: Runs, seconds: float, hosts: int) -> Problem:
 
 
 def flips(runs: Runs, count: int) -> Iterator[Trial]:
-    half = runs.half()
+    half = runs.half_with_parts()
     paths = sorted(path for path in half.rglob("*") if path.is_file() and path.stat().st_size)
     for _ in range(count):
         path = runs.random.choice(paths)

@@ -28,6 +28,8 @@ from dit.imagenet.diffusers import write_diffusers
 from dit.model import count_parameters
 from dit.state import make_init, make_model, make_objective
 
+pytestmark = pytest.mark.slow
+
 TINY = """--presets digits --model.hidden-size 20 --model.num-heads 5 --model.depth 2
     --train.batch-size 2 --steps 1 --rounds 1""".split()
 

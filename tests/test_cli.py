@@ -165,6 +165,7 @@ def test_help_names_the_presets(without_jax):
     assert f"Presets: {', '.join(cli.preset_names())}." in answer
 
 
+@pytest.mark.slow
 def test_a_command_of_the_package_runs_in_any_folder(tmp_path):
     tiny = "--model.hidden-size 20 --model.depth 2 --model.num-heads 5".split()
     command = [sys.executable, "-m", "dit.identity", "digits", *tiny]

@@ -421,6 +421,7 @@ class Slow(Pictures):
         return super().__getitem__(i)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [0, 1000])
 @pytest.mark.parametrize("damaged", [{7, 210}, {7, 8, 210}])
 def test_a_run_goes_on_past_damaged_records_unless_they_are_many(
@@ -447,6 +448,7 @@ def cifar10() -> data.Dataset:
     return data.open_dataset(CIFAR10)
 
 
+@pytest.mark.slow
 @needs_cifar10
 def test_cifar10_through_tfds(cifar10):
     images, labels = cifar10.records.images, cifar10.records.labels
@@ -501,6 +503,7 @@ def test_images_of_many_sizes_are_cropped_to_one():
     assert len(imagenet.class_names) == 1000
 
 
+@pytest.mark.slow
 @needs_cifar10
 def test_a_set_too_large_for_memory_is_decoded_on_access_with_the_same_batches(
     cifar10, monkeypatch
@@ -514,6 +517,7 @@ def test_a_set_too_large_for_memory_is_decoded_on_access_with_the_same_batches(
     np.testing.assert_array_equal(a["label"], b["label"])
 
 
+@pytest.mark.slow
 @needs_cifar10
 def test_100_steps_of_cifar10_tiny_lower_the_loss(tmp_path):
     command = [sys.executable, ROOT / "train.py", "cifar10_tiny", "--workdir", tmp_path]

@@ -95,6 +95,7 @@ def write_statistics(path, size=2048, **arrays):
 # Images to statistics
 
 
+@pytest.mark.slow
 def test_features_are_the_networks_and_a_smaller_batch_takes_no_second_compilation(
     weights, monkeypatch
 ):
@@ -149,6 +150,7 @@ def test_statistics_do_not_depend_on_the_batches(cheap):
 # The command
 
 
+@pytest.mark.slow
 def test_samples_equal_themselves(weights, tmp_path, capsys):
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
     path = write(tmp_path / "x.npz", arr_0=images)

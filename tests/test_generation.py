@@ -253,6 +253,7 @@ def test_one_compilation_serves_all_conditions_seeds_and_guidance_and_one_no_gui
     assert traced
 
 
+@pytest.mark.slow
 def test_guidance_sends_nothing_between_devices_at_any_step():
     config, mesh = tiny_config(), local_mesh()
     sample = generation.make_sampler(config, mesh, "ddim", 3, 0.0, None, (20.0, 60.0), 1.0)

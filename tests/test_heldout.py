@@ -16,6 +16,8 @@ from dit.data import Dataset, InMemory
 from dit.sharding import make_mesh, replicated
 from dit.state import make_model
 
+pytestmark = pytest.mark.slow
+
 NAMES = tuple("0123456789")
 FLOW = dict(name="flow", num_steps=1000, schedule="linear")
 

@@ -251,6 +251,8 @@ import jax
 import train
 from dit import cli
 
+pytestmark = pytest.mark.slow
+
 def batches(*args):
     stream = whole(*args)
     yield from (next(stream) for _ in range(2))

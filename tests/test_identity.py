@@ -70,6 +70,7 @@ def test_blocks_without_the_zero_are_caught(design):
     assert (spatial > 0.1).all()
 
 
+@pytest.mark.slow
 def test_a_modulation_that_starts_from_xavier_is_caught(monkeypatch, capsys):
     monkeypatch.setattr(dit_model, "zero_init", normalization.xavier)
     faults = report(tiny_config())

@@ -21,6 +21,8 @@ from dit import checkpoint, cli, data
 from dit.metrics import frechet_distance, gaussian_of
 from dit.state import make_model
 
+pytestmark = pytest.mark.slow
+
 HALF = "train[:50%]"
 WIDTHS = (7, 11, 13)
 STEPS = 80

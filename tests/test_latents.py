@@ -25,6 +25,8 @@ from dit.images import centre_crop, to_uint8
 from dit.state import make_objective
 from dit.tfds import Decoded, Undecodable, open_tfds
 
+pytestmark = pytest.mark.slow
+
 TFDS_DATA_DIR = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
 HAS_IMAGENET = (TFDS_DATA_DIR / "imagenet2012").is_dir()
 needs_imagenet = pytest.mark.skipif(not HAS_IMAGENET, reason="no ImageNet in TFDS_DATA_DIR")

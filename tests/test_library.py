@@ -22,6 +22,8 @@ from dit.model import BLOCKS, DiT
 from dit.sharding import make_mesh
 from dit.state import make_model, make_state
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 INSTALLED = ["pyproject.toml", "README.md", "LICENSE", "train.py", "sample.py", "plan.py"]

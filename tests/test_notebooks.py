@@ -9,6 +9,8 @@ from nbclient import NotebookClient
 from dit.imagenet.official import to_official
 from dit.imagenet.tensors import write_tensors
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 OFFLINE = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb") if path.stem != "imagenet")
 STEPS = {"conditional_normalization": "30"}  # of training, where 60 would be too slow

@@ -80,6 +80,7 @@ def test_a_vae_that_is_here_is_counted(tmp_path):
     assert plan.share(vae) == sum(leaf.nbytes for leaf in jax.tree.leaves(load_vae(folder)))
 
 
+@pytest.mark.slow
 def test_every_average_is_counted():
     found = [
         plan.estimate(tiny_config(optim=dict(ema_decay=decay)), plan.devices_of("cpu:1")).bytes
@@ -220,6 +221,7 @@ def test_a_run_on_cpus_is_planned_and_fits_what_has_no_limit(capsys):
     assert not any("MFU" in line for line in lines), "of a CPU no peak is known"
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_is_told_what_makes_it_fit(capsys, monkeypatch):
     argv = [*SMALL_RUN, "--topology", "cpu:1", "--train.sample-every", "0"]
     config = plan.parse(argv).config

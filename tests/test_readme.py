@@ -159,6 +159,7 @@ def smaller(program: str, *argv: str) -> list[str]:
     return [*argv, *flags.split()]
 
 
+@pytest.mark.slow
 def test_what_is_encoded_trained_and_sampled_is_so_as_written(what_is_asked_for, capsys):
     run = {"dit.imagenet.latents": latents_command, "train.py": run_train, "sample.py": run_sample}
     found = [words[words[0] == "-m" :] for words in commands(READMES["README.md"])]

@@ -181,6 +181,7 @@ def test_every_option_changes_what_it_should(run, tmp_path):
     assert np.abs(never.astype(int) - base).max() <= 1
 
 
+@pytest.mark.slow
 def test_the_samplers_and_options_of_flow(flow, tmp_path):
     base_flags = ["--classes", "3", "--guidance", "3"]
     base, _ = draw(flow, tmp_path, *base_flags)
@@ -209,6 +210,7 @@ def guide(flow):
     return flow.with_name("guide")
 
 
+@pytest.mark.slow
 def test_a_smaller_model_or_an_earlier_step_guides_in_place_of_the_null_class(
     run, flow, guide, tmp_path
 ):

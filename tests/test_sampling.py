@@ -417,6 +417,7 @@ def test_the_guidance_interval_holds_from_low_to_below_high():
     assert jnp.abs(guided(x, T) - model(x, T, **condition)).max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [None, 1])
 def test_autoguidance_leads_from_the_guide_through_the_model_under_the_same_condition(channels):
     model, x, condition, null = network()

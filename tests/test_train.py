@@ -96,6 +96,7 @@ def test_a_run_leaves_what_it_promises(whole_run):
     assert checkpoint.stored_dataset(whole_run, 20) == facts
 
 
+@pytest.mark.slow
 def test_a_run_by_flow_matching_is_none_by_ddpm(refused, tmp_path):
     run_train(*TINY_FLOW, "--workdir", tmp_path, "--train.steps", "2")
     first, second = rows(tmp_path)
@@ -160,6 +161,7 @@ def test_data_seconds_are_the_mean_time_that_a_step_waited_for_its_batch(tmp_pat
     assert [row["data_seconds"] for row in rows(tmp_path)] == [4, 4]
 
 
+@pytest.mark.slow
 def test_a_python_file_is_as_good_as_a_preset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("""
@@ -242,6 +244,7 @@ def assert_averages(models: dict, workdir: Path) -> None:
         assert largest_difference(model, average) == 0
 
 
+@pytest.mark.slow
 def test_evaluation_is_of_the_average_and_is_logged(spied_run):
     workdir, measured, _ = spied_run
     assert_averages(dict(zip([2, 4, 5], measured, strict=True)), workdir)
@@ -450,6 +453,7 @@ def test_a_run_killed_within_its_first_checkpoint_starts_over(tmp_path):
 # Stopping
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
     tmp_path, capsys
 ):
@@ -486,6 +490,7 @@ def test_no_checkpoint_is_made_of_a_state_that_is_not_finite(tmp_path, capsys):
     assert checkpoint.newest_intact(tmp_path) == (1, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full_at, kept, status", [({2, 3}, [4, 1], 0), ({3, 4}, [2, 1], 1)])
 def test_a_full_disk_is_warned_of_once_and_tried_again(
     tmp_path, monkeypatch, capsys, full_at, kept, status
@@ -590,6 +595,7 @@ def test_an_evaluation_is_broken_off_with_its_step_saved(tmp_path, monkeypatch):
     assert checkpoint.newest_intact(tmp_path) == (2, [])
 
 
+@pytest.mark.slow
 def test_what_was_not_yet_written_of_the_metrics_survives_a_stop(tmp_path):
     """A line is the mean over the steps since the one before, whatever came in between."""
     flags = "--train.log-every 5 --train.steps".split()
@@ -623,6 +629,7 @@ def test_it_is_listened_for_signals_until_the_last_checkpoint_is_written(tmp_pat
     assert checkpoint.newest_intact(tmp_path) == (1, [])
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_stops(tmp_path):
     process = start(*TINY, "--workdir", tmp_path, "--train.steps", "1000000")
     for line in process.stdout:
