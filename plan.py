@@ -3,8 +3,7 @@
 Compiles the train step for chips that are not there (needs the `plan` extra), and prints what each
 device holds and sends, the bounds that this sets to the speed, and whether it fits. Topologies:
 h100:8, a100:1, h200:2x8 (hosts x GPUs), v5e:2x4, v5e:16x16, v5p:2x2x4, cpu:8. Without one it prints
-the counts alone, and `python plan.py --table` prints the table of benchmarks/README.md. Exit status
-0 if it fits, 1 if it does not.
+the counts alone. Exit status 0 if it fits, 1 if it does not.
 """
 
 from dit.signals import StopRequest
@@ -25,7 +24,7 @@ from typing import Annotated, Any
 import tyro
 
 from dit import cli
-from dit.config import PRESETS, Config, replace
+from dit.config import Config, replace
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,9 @@ class Plan:
     topology: str | None = None  # chips to compile for, such as h100:8 or v5e:2x4
 
 
-def parse(argv: list[str]) -> Plan | None:
-    """The options of `PRESET_OR_FILE.py [--topology NAME] [--section.field value ...]`.
-
-    None for `--table`.
-    """
-    if argv == ["--table"]:
-        return None
-    plan = cli.parse_preset(Plan, argv, "plan.py", __doc__, Plan)
+def parse(argv: list[str]) -> Plan:
+    """The options of `PRESET_OR_FILE.py [--topology NAME] [--section.field value ...]`."""
+    plan = cli.parse_preset(Plan, argv, "plan.py", __doc__)
     plan.config.validate()
     return plan
 
@@ -68,7 +62,7 @@ from dit.imagenet.vae import GROUPS, LAYERS, VAE, load_vae
 from dit.model import TRAINING_FLOPS, count_parameters, multiply_adds
 from dit.program import Collective, collectives, temporaries
 from dit.sharding import make_mesh
-from dit.state import abstract_state, make_model
+from dit.state import abstract_model, abstract_state
 from dit.topology import devices_of
 from train import compile_train_step
 
@@ -330,7 +324,7 @@ def run(plan: Plan) -> int:
     """Prints the plan. Returns 1 if it does not fit, else 0. Raises InputError."""
     config, topology = plan.config, plan.topology
     if topology is None:
-        model = jax.eval_shape(lambda: make_model(config, jax.random.key(0)))
+        model = abstract_model(config)
         print_counts(config, count_parameters(model), multiply_adds(model))
         print("--topology says what devices hold and send, and whether it fits")
         return 0
@@ -343,42 +337,6 @@ def run(plan: Plan) -> int:
     return 0 if attempt.fits and not attempt.changes else 1
 
 
-# The table of benchmarks/README.md
-
-SIZES = {
-    "S/2": PRESETS["DiT-S/2"],
-    "B/2": PRESETS["DiT-B/2"],
-    "XL/2": PRESETS["DiT-XL/2"],
-    "3B": dict(patch_size=2, hidden_size=2304, depth=32, num_heads=18),
-    "7B": dict(patch_size=2, hidden_size=3072, depth=40, num_heads=24),
-}
-TOPOLOGIES = ["h100:1", "h100:8", "h100:8x8", "v5e:2x4", "v5e:16x16", "v5p:2x2x4"]
-
-
-def print_table() -> int:
-    """Markdown: what makes each size fit on each topology, and the bounds of its speed."""
-    recipe = cli.load_preset("imagenet256_xl2")
-    print("| chips | DiT | it fits with | GiB | products, memory, links (ms) | images/s | MFU |")
-    print("|---|---|---|---|---|---|---|", flush=True)
-    for topology, (name, size) in itertools.product(TOPOLOGIES, SIZES.items()):
-        config = replace(recipe, model=size, mesh=dict(fsdp=1))
-        *_, last = attempts(config, devices_of(topology))
-        print(f"| {topology} | {name} | {table_row(last)} |", flush=True)
-    return 0
-
-
-def table_row(attempt: Attempt) -> str:
-    if not attempt.fits:
-        return f"nothing | {attempt.bytes / GIB:.1f} | | |"
-    found = attempt.found
-    milliseconds = ", ".join(f"{1e3 * seconds:.1f}" for seconds in found.seconds.values())
-    images_per_second, mfu = rates(found, max(found.seconds.values()))
-    return (
-        f"{attempt.flags or 'nothing more'} | {found.total / GIB:.1f} | {milliseconds} | "
-        f"{images_per_second:,.0f} | {mfu:.0%}"
-    )
-
-
 if __name__ == "__main__":
     with cli.exit_status("plan.py"):
-        sys.exit(print_table() if PLAN is None else run(PLAN))
+        sys.exit(run(PLAN))

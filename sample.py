@@ -121,7 +121,7 @@ def run(options: Sample) -> Path:
     with refused_together(options.distributed):
         vae = load_vae(options.vae, config.data.latent_scale) if options.vae else None
         vae = jax.device_put(vae, replicated(mesh))
-        mask = read_mask(options, config) if config.data.mask_classes else None
+        mask = read_mask(options, config)
         style = read_style(options, config, vae) if options.style else None
     out = Path(options.out)
     at_most = len(class_names) if out.suffix == ".npz" else 10

@@ -12,7 +12,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -159,7 +159,7 @@ def check_options(options: Any) -> None:
 
 def parse_config(argv: list[str], prog: str, description: str) -> Config:
     """The valid config of `PRESET_OR_FILE.py [--section.field value ...]`. Raises InputError."""
-    return check_run(parse_preset(Config, argv, prog, description, lambda preset: preset))
+    return check_run(parse_preset(Config, argv, prog, description))
 
 
 def check_run(config: Config) -> Config:
@@ -177,9 +177,8 @@ def parse_preset(
     argv: list[str],
     prog: str,
     description: str,
-    make_default: Callable[[Config], Options],
 ) -> Options:
-    """A dataclass whose defaults come from the preset that the line begins with.
+    """A Config, or what holds one: its defaults come from the preset that the line begins with.
 
     A preset's number of classes is that of its own data: with other data it is left open.
     """
@@ -187,7 +186,8 @@ def parse_preset(
     if any(re.match(r"--data\.(name|latents)(=|$)", flag) for flag in flags):
         preset = replace(preset, data=dict(num_classes=None))
     prog = f"{prog} {argv[0]}"
-    return parse(kind, flags, prog, description, default=make_default(preset))
+    default = preset if kind is Config else kind(preset)
+    return parse(kind, flags, prog, description, default)
 
 
 def split_preset(

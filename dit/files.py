@@ -62,6 +62,18 @@ def naming(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: {error}") from error
 
 
+@contextlib.contextmanager
+def renaming(fields: dict[str, str]) -> Iterator[None]:
+    """In the InputErrors of the block, the options of this command in place of fields' names."""
+    try:
+        yield
+    except InputError as error:
+        line = str(error)
+        for field, option in fields.items():
+            line = line.replace(field, option)
+        raise InputError(line) from error
+
+
 def claim_folder(folder: Path, request: dict, option: str) -> None:
     """Makes a folder for a request, or checks that it was made for the same one.
 

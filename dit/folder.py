@@ -18,8 +18,9 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from dit.config import Data, one_line, require
+from dit.images import UNDECODABLE
 from dit.log import say
-from dit.tfds import UNDECODABLE, Decoded, class_words
+from dit.tfds import Decoded, class_words
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # in any case; other files are ignored
 MAX_DAMAGED = 0.5  # of the pictures whose first bytes are right

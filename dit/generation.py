@@ -1,5 +1,6 @@
 """Condition -> pictures: the one sampler that sample grids, `sample.py` and FID share."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -359,11 +360,12 @@ def draw_npz(
     missing = [first for first in mine if read_part(paths[first]) is None]
     counts = {first: len(labels[first : first + batch_size]) for first in mine}
     total = sum(counts.values())
-    progress = Progress(total, "image", total - sum(counts[first] for first in missing))
-    for first in missing:
-        images = draw(model, vae, first)
-        write_part(paths[first], images)
-        progress.advance(len(images))
+    done = total - sum(counts[first] for first in missing)
+    with contextlib.closing(Progress(total, "image", done)) as progress:
+        for first in missing:
+            images = draw(model, vae, first)
+            write_part(paths[first], images)
+            progress.advance(len(images))
     multihost_utils.sync_global_devices("every file of a batch is written")
     if jax.process_index() == 0:
         write_npz(out, list(paths.values()), labels.astype(np.int64))

@@ -13,8 +13,9 @@ from functools import partial
 import jax
 import numpy as np
 
-from dit.config import Config, InputError
+from dit.config import Config
 from dit.data import augment, open_dataset
+from dit.files import renaming
 from dit.model import DiT
 from dit.sharding import place_batch, replicated
 from dit.state import make_objective
@@ -26,10 +27,8 @@ TAG = 2**30  # folded into the run's seed
 def make_held_out_loss(config: Config, mesh: jax.sharding.Mesh) -> Callable[[DiT], float]:
     """The function (model) -> its loss on the images of `eval.split`. Raises InputError."""
     data = dataclasses.replace(config.data, split=config.eval.split, augment=0.0)
-    try:
+    with renaming({"data.split": "eval.split"}):
         records = open_dataset(data).records
-    except InputError as error:
-        raise InputError(str(error).replace("data.split", "eval.split")) from None
     batch_size = config.train.batch_size
     num_batches = math.ceil(min(len(records), AT_MOST) / batch_size)
     indices = np.linspace(0, len(records) - 1, num_batches * batch_size).astype(int)

@@ -130,8 +130,8 @@ def columns_of(modulation: jax.Array, num_vectors: int) -> dict[str, jax.Array]:
     return dict(zip(names, jnp.split(both, len(names), axis=-1), strict=True))
 
 
-def waking(config: Config, key: jax.Array, steps: int = 3) -> list[dict[str, bool | None]]:
-    """What the loss's gradient reaches at each of the first steps of plain gradient descent.
+def waking(config: Config, key: jax.Array) -> list[dict[str, bool | None]]:
+    """What the loss's gradient reaches at each of the first three steps of plain gradient descent.
 
     True is all of a group, False nothing, None a part.
     """
@@ -147,7 +147,7 @@ def waking(config: Config, key: jax.Array, steps: int = 3) -> list[dict[str, boo
         return model, reached(grads)
 
     history = []
-    for step in range(steps):
+    for step in range(len(AWAKE)):
         model, groups = descend(model, jax.random.fold_in(key, step))
         history.append({name: all_or_part(flags) for name, flags in groups.items()})
     return history

@@ -1,6 +1,7 @@
 """Images: bytes to [-1, 1] and back (the only place), crops, grids, pictures, .npz files."""
 
 import io
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ BATCH = 64  # images of an .npz that are read at a time
 FRAME_MILLISECONDS = 100  # of a GIF
 REST_MILLISECONDS = 2000  # of its last frame
 
+# What Pillow raises of a damaged picture
+UNDECODABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 Image.MAX_IMAGE_PIXELS = 2**25  # Pillow warns of more, and refuses more than twice as many
 
 
@@ -43,7 +46,7 @@ def open_picture(option: str, path: str, mode: str, labels: bool = False) -> np.
         picture = Image.open(path)
         keeps_palette = labels and picture.mode == "P"
         pixels = np.asarray(picture if keeps_palette else picture.convert(mode))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNDECODABLE as error:
         raise InputError(f"{option}: {path!r} should be a picture ({one_line(error)})") from error
     has_8_bits = not picture.mode.startswith(("I", "F"))
     require(has_8_bits, option, path, f"of 8 bits a channel, unlike its {picture.mode!r}")
@@ -197,7 +200,7 @@ def open_npz(path: Path) -> tuple[tuple[int, ...], Iterator[np.ndarray]]:
             np.lib.format.read_magic(array)
             shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(array)
             num_bytes = file.getinfo("arr_0.npy").file_size - array.tell()
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # NumPy and zipfile raise nearly anything
         raise InputError(
             f"{path}: should be an .npz with `arr_0`, uint8 images [N, H, W, C] ({one_line(error)})"
         ) from error

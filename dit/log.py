@@ -25,11 +25,10 @@ from tqdm import tqdm
 from dit.chips import GIB, find_chip
 from dit.cli import CONFIGS
 from dit.config import Config, InputError, diverged, from_fields
+from dit.ddpm import SHARE
 from dit.images import save_grid
 
 Metrics = dict[str, float]
-
-SHARE = "_share"  # behind a metric's name: of a batch, the share of samples that it is of
 
 # In TensorBoard these are speed/NAME, the others train/NAME or eval/NAME
 SPEED = ("images_per_second", "tflops_per_second", "mfu", "data_seconds", "peak_memory_gib")

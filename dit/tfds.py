@@ -9,7 +9,6 @@ import inspect
 import io
 import logging
 import os
-import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +20,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from dit.config import Data, InputError, nearest, one_line, require
-from dit.images import centre_crop
+from dit.images import UNDECODABLE, centre_crop
 
 MAX_DAMAGED = 0.01  # of the records; with more the data set is refused
 MAX_NAMED = 20  # damaged records that are told of
-UNDECODABLE = (OSError, SyntaxError, ValueError, struct.error)  # what Pillow raises
-UNDECODABLE += (Image.DecompressionBombError,)
 
 Record = dict[str, np.ndarray]  # {"image": uint8 [H, W, C], "label": int32}, or with a "mask"
 Batch = dict[str, np.ndarray]  # records, stacked

@@ -4,6 +4,7 @@ A slice of TPUs goes by its shape, GPUs by their number or by hosts x GPUs. The 
 and jax-cuda13-pjrt, come with the `plan` extra and need no chip.
 """
 
+import contextlib
 import logging
 import re
 
@@ -11,7 +12,7 @@ import jax
 from jax.experimental import topologies
 
 from dit.chips import CHIPS
-from dit.config import InputError, one_line
+from dit.config import InputError, one_line, require
 
 logging.getLogger("jax_plugins.xla_cuda13").setLevel(logging.ERROR)  # it misses a driver
 
@@ -25,7 +26,7 @@ def devices_of(topology: str) -> list[jax.Device]:
     if not fits:
         raise InputError(f"--topology: {topology!r} should be {expected}")
     if name == "cpu":
-        return cpu_devices(topology, int(shape) if shape.isdigit() else 0)
+        return cpu_devices(topology, shape)
     try:
         if name in GPUS:
             return gpu_devices(topology, GPUS[name])
@@ -37,14 +38,13 @@ def devices_of(topology: str) -> list[jax.Device]:
         ) from error
 
 
-def cpu_devices(topology: str, count: int) -> list[jax.Device]:
-    try:
+def cpu_devices(topology: str, shape: str) -> list[jax.Device]:
+    require(shape.isdigit(), "--topology", topology, "cpu: and a number")
+    count = int(shape)
+    with contextlib.suppress(RuntimeError):  # the CPUs are in use already, as many as there are
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # the CPUs are in use already, as many as there are
-        pass
     devices = jax.devices("cpu")
-    if not 0 < count <= len(devices):
-        raise InputError(f"--topology: {topology!r} should be cpu: and a number")
+    require(count <= len(devices), "--topology", topology, f"at most cpu:{len(devices)}")
     return devices[:count]
 
 

@@ -328,12 +328,25 @@ def test_files_that_are_none_are_refused(refused, tmp_path):
     assert "x.pth: should be a file of weights" in refused(fid_command, samples, *flags)
 
 
+def test_a_reference_that_cannot_be_is_refused_by_the_names_of_the_command(
+    refused, cheap, tmp_path
+):
+    samples = write(tmp_path / "x.npz", arr_0=np.zeros((3, 8, 8, 1), np.uint8))
+    flags = [samples, "--inception", "x.pth", "--reference"]
+    assert "--reference: 'nowhere' should be" in refused(fid_command, *flags, "nowhere")
+    line = refused(fid_command, *flags, "digits", "--split", "train[:1]")
+    assert "--split: 'train[:1]' should be one of more than one image" in line
+    asked = dict(every=1, inception="x.pth", reference="nowhere")
+    with pytest.raises(InputError, match="eval.reference: 'nowhere' should be"):
+        fid.make_evaluation(tiny_config(eval=asked), None, make_mesh(tiny_config()))
+
+
 @pytest.mark.parametrize(
     "reference, save, words",
     [
         ("x.npz", "s.npz", "'s.npz' should be given with a data set as --reference"),
-        ("digits", "s.txt", "'s.txt' should be an .npz file in a folder that exists"),
-        ("digits", "no/s.npz", "'no/s.npz' should be an .npz file in a folder that exists"),
+        ("digits", "s.txt", "'s.txt' should be an .npz file in a folder to write to"),
+        ("digits", "no/s.npz", "'no/s.npz' should be an .npz file in a folder to write to"),
     ],
 )
 def test_statistics_that_cannot_be_saved_are_refused(refused, tmp_path, reference, save, words):

@@ -264,6 +264,9 @@ def test_a_damaged_npz_is_refused(tmp_path):
     _, batches = open_npz(path)
     with pytest.raises(InputError, match="images.npz: arr_0 is damaged"):
         list(batches)
-    path.write_bytes(content[:1000])
-    with pytest.raises(InputError, match="images.npz: should be an .npz with `arr_0`"):
-        open_npz(path)
+    encrypted = bytearray(content)
+    encrypted[encrypted.index(b"PK\1\2") + 8] ^= 1  # a flag of its first file
+    for damaged in (content[:1000], encrypted):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="images.npz: should be an .npz with `arr_0`"):
+            open_npz(path)

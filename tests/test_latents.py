@@ -345,6 +345,15 @@ def test_options_that_cannot_be_are_refused(refused, vae, tmp_path, flags, words
     assert not out.exists()
 
 
+def test_a_data_set_that_cannot_be_is_refused_by_the_names_of_the_command(refused, vae, tmp_path):
+    flags = ["--vae", vae, "--out", tmp_path / "out"]
+    assert "DATASET: 'nowhere' should be" in refused(latents_command, "nowhere", *flags)
+    (tmp_path / "pictures/cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures/cat/0.png")
+    line = refused(latents_command, tmp_path / "pictures", *flags, "--split", "val")
+    assert "--split: 'val' should be" in line
+
+
 def test_the_digits_have_no_latents(refused, vae, tmp_path):
     line = refused(latents_command, "digits", "--vae", vae, "--out", tmp_path / "out")
     assert "DATASET: 'digits' should be a TFDS data set of colour images" in line

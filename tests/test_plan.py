@@ -61,6 +61,10 @@ def test_what_is_no_topology_is_refused(topology, refused):
 def test_what_no_machine_has_is_refused(refused):
     line = refused(run_plan, "digits", "--topology", "h100:2x2x2")
     assert "--topology: 'h100:2x2x2' should be a number of GPUs, or hosts x GPUs" in line
+    line = refused(run_plan, "digits", "--topology", "cpu:2x4")
+    assert "--topology: 'cpu:2x4' should be cpu: and a number" in line
+    line = refused(run_plan, "digits", "--topology", "cpu:9")
+    assert "--topology: 'cpu:9' should be at most cpu:8" in line
     assert "--topology" in refused(run_plan, "digits", "--topology")
 
 

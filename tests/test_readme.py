@@ -75,8 +75,8 @@ for words in commands:
 def commands(text: str) -> list[list[str]]:
     """The words behind `python` of each command: of blocks without a language, and in backticks.
 
-    Left out are names of programs alone, commands with a word in capitals, which a reader replaces,
-    and plan.py --table, which needs its compilers.
+    Left out are names of programs alone, and commands with a word in capitals, which a reader
+    replaces.
     """
     blocks = re.findall(r"^```(.*)\n((?s:.*?))^```", text, re.M)
     shown = "".join(block for language, block in blocks if language == "")
@@ -87,7 +87,7 @@ def commands(text: str) -> list[list[str]]:
     return [
         words
         for _, *words in found
-        if len(words) > 1 + (words[0] == "-m") and "--table" not in words
+        if len(words) > 1 + (words[0] == "-m")
         if not any(re.fullmatch("[A-Z]+", word) for word in words)
     ]
 

@@ -12,9 +12,8 @@ from dit.signals import StopRequest
 if __name__ == "__main__":
     StopRequest().end_at_once("dit.imagenet.fid")
 
+import os
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +46,7 @@ import numpy as np
 
 from dit import metrics
 from dit.data import Dataset, open_dataset, tfds_config
-from dit.files import whole
+from dit.files import renaming, whole
 from dit.generation import Check, draw_batches, draw_labels, make_condition, make_draw
 from dit.imagenet.inception import Features, load_inception
 from dit.images import BATCH, open_npz
@@ -59,8 +58,6 @@ from dit.sharding import local_mesh, place, place_rows, replicated
 POOL_FEATURES = 2048
 SPATIAL_FEATURES = 2023
 REFERENCES = 10_000  # real images for precision and recall, as many as ADM's files hold
-UNREADABLE = (OSError, ValueError, TypeError, EOFError, AttributeError)  # by NumPy
-UNREADABLE += (zipfile.BadZipFile, zlib.error)
 
 Scores = dict[str, float]
 Extract = Callable[[np.ndarray, int], Features]
@@ -150,13 +147,13 @@ def open_reference(
     """The reference in an .npz of statistics or images, or that of a data set at a size in pixels.
 
     `save` is a file for the data set's statistics. `channels` are those of a folder's pictures.
-    Raises InputError, naming `option`.
+    Raises InputError, naming `option`, or data.name and data.split of a data set.
     """
     if name.endswith(".npz"):
         return read_reference(option, Path(name), extract)
     dataset = open_dataset(tfds_config(name, split, size, channels))
     count = len(dataset.records)
-    require(count > 1, "--split", split, "one of more than one image")
+    require(count > 1, "data.split", split, "one of more than one image")
     batches = with_progress(dataset_batches(dataset), count)
     reference = measure(batches, extract, REFERENCES)
     if save is not None:
@@ -198,7 +195,7 @@ def read_statistics(
             pool = read_gaussian(file, "mu", "sigma")
             spatial = read_gaussian(file, "mu_s", "sigma_s")
             rows = file["features"] if "features" in names else None
-    except UNREADABLE as error:
+    except Exception as error:  # NumPy and zipfile raise nearly anything
         raise InputError(
             f"{option}: {str(path)!r} should be an .npz of statistics or images ({one_line(error)})"
         ) from error
@@ -257,7 +254,10 @@ def make_evaluation(
     split, size = config.data.split, config.data.image_size
     extract_here = make_extract(config.eval.inception, local_mesh())
     channels = config.data.channels
-    reference = open_reference("eval.reference", name, split, size, extract_here, channels=channels)
+    with renaming({"data.name": "eval.reference"} if config.eval.reference else {}):
+        reference = open_reference(
+            "eval.reference", name, split, size, extract_here, channels=channels
+        )
     labels = draw_labels(
         config.eval.labels, config.train.seed, np.arange(config.data.num_classes), count
     )
@@ -295,15 +295,16 @@ def run(options: Fid) -> Scores:
     check_save(options)
     extract = make_extract(options.inception, local_mesh())
     warn_of_few(count)
-    reference = open_reference(
-        "--reference",
-        options.reference,
-        options.split,
-        size,
-        extract,
-        options.save_reference,
-        channels=shape[3],
-    )
+    with renaming({"data.name": "--reference", "data.split": "--split"}):
+        reference = open_reference(
+            "--reference",
+            options.reference,
+            options.split,
+            size,
+            extract,
+            options.save_reference,
+            channels=shape[3],
+        )
     samples = measure(with_progress(batches, count), extract)
     scores = scores_of(samples, reference)
     for name, value in scores.items():
@@ -321,8 +322,8 @@ def check_save(options: Fid) -> None:
     if save is None:
         return
     path = Path(save)
-    can_be_file = path.suffix == ".npz" and path.parent.is_dir() and not path.is_dir()
-    require(can_be_file, "--save-reference", save, "an .npz file in a folder that exists")
+    can_be_file = path.suffix == ".npz" and os.access(path.parent, os.W_OK) and not path.is_dir()
+    require(can_be_file, "--save-reference", save, "an .npz file in a folder to write to")
     is_dataset = not options.reference.endswith(".npz")
     require(is_dataset, "--save-reference", save, "given with a data set as --reference")
 

@@ -18,7 +18,6 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -60,7 +59,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit.data import open_decoded, tfds_config
-from dit.files import claim_folder, whole
+from dit.files import claim_folder, renaming, whole
 from dit.folder import is_folder
 from dit.generation import num_vae_parts
 from dit.imagenet.vae import VAE, load_vae
@@ -68,8 +67,6 @@ from dit.images import from_uint8
 from dit.log import Progress, say
 from dit.sharding import local_mesh, map_parts, place_rows, replicated
 from dit.tfds import Decoded, Record, Undecodable
-
-THREADS = 16  # that decode images
 
 Example = dict[str, Any]  # {"latent": float16 [2, h, w, 8], "label": int}
 
@@ -106,11 +103,11 @@ def read(records: Decoded, i: int) -> Record | None:
 
 def decoded_batches(records: Decoded, indices: range, batch_size: int) -> Iterator[list[Record]]:
     """The records that can be decoded, in order, read by threads."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        for first in range(indices.start, indices.stop, batch_size):
-            chunk = range(first, min(first + batch_size, indices.stop))
-            batch = pool.map(functools.partial(read, records), chunk)
-            yield [record for record in batch if record is not None]
+    for first in range(indices.start, indices.stop, batch_size):
+        chunk = range(first, min(first + batch_size, indices.stop))
+        batch = records.pool.map(functools.partial(read, records), chunk)
+        if decoded := [record for record in batch if record is not None]:
+            yield decoded
 
 
 def encode_records(
@@ -120,18 +117,13 @@ def encode_records(
 
     The devices encode one batch while the next is decoded.
     """
-    pending = None
+    parts = num_vae_parts(batch_size, records.config.image_size, mesh.devices.size)
+    before = ()
     for batch in decoded_batches(records, indices, batch_size):
-        if pending is not None:
-            yield from examples(*pending)
-        pending = None
-        if batch:
-            images = np.stack([record["image"] for record in batch])
-            parts = num_vae_parts(batch_size, records.config.image_size, mesh.devices.size)
-            moments = encode(vae, place_rows(images, batch_size, mesh), parts)
-            pending = moments, batch
-    if pending is not None:
-        yield from examples(*pending)
+        yield from before
+        images = np.stack([record["image"] for record in batch])
+        before = examples(encode(vae, place_rows(images, batch_size, mesh), parts), batch)
+    yield from before
 
 
 def examples(moments: jax.Array, batch: list[Record]) -> Iterator[Example]:
@@ -241,10 +233,10 @@ def run(options: MakeLatents) -> None:
 
     features = features_of(options.size, class_names)
     shards = plan_shards(options, len(records))
-    written = [len(shard.indices) for shard in shards if shard.path.exists()]
-    progress = Progress(len(records), "image", sum(written))
     mine = shards[jax.process_index() :: jax.process_count()]
     missing = [shard for shard in mine if not shard.path.exists()]
+    total, left = (sum(len(shard.indices) for shard in part) for part in (mine, missing))
+    progress = Progress(total, "image", total - left)
 
     mesh = local_mesh()
     vae = jax.device_put(vae, replicated(mesh))
@@ -271,10 +263,11 @@ def check(options: MakeLatents) -> None:
 
 def open_records(options: MakeLatents) -> tuple[Decoded, tuple[str, ...]]:
     """The images, cropped as they are read, and the names of their classes. Raises InputError."""
-    config = tfds_config(options.name, options.split, options.size)
-    has_colours = config.channels == 3
-    require(has_colours, "DATASET", options.name, "one of colour images, which the VAE takes")
-    records, class_names = open_decoded(config)
+    with renaming({"data.name": "DATASET", "data.split": "--split"}):
+        config = tfds_config(options.name, options.split, options.size)
+        has_colours = config.channels == 3
+        require(has_colours, "DATASET", options.name, "one of colour images, which the VAE takes")
+        records, class_names = open_decoded(config)
     first = records.source[0]
     is_labelled = first[records.label_key] >= 0
     require(is_labelled, "--split", options.split, "a split with labels")

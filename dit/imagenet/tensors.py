@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dit.checkpoint import leaves_by_name
 from dit.config import InputError, one_line, require
 from dit.files import read_json, whole
 
@@ -58,11 +59,7 @@ def from_torch(path: str, tensor: np.ndarray) -> np.ndarray:
 
 def parameters_by_path(model: nnx.Module) -> dict[str, jax.Array]:
     """{"mlp.up.kernel": ..., ...}, in the order of the model's leaves."""
-    parameters = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        parameters[name.removesuffix(".value")] = leaf
-    return parameters
+    return {name.removesuffix(".value"): leaf for name, leaf in leaves_by_name(model).items()}
 
 
 def with_parameters(
