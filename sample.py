@@ -211,6 +211,12 @@ def check(options: Sample, config: Config) -> None:
     for name, value in (ways | {"--guide-with": options.guide_with}).items():
         is_used = value is None or options.guidance != 1
         require(is_used, name, value, "given with a --guidance other than 1")
+    needs = {"labels": "num_samples", "resize_mask": "mask", "style_strength": "style"}
+    for field, needed in needs.items():
+        value, default = getattr(options, field), getattr(Sample, field)
+        name, other = (f"--{field.replace('_', '-')}" for field in (field, needed))
+        is_used = value == default or getattr(options, needed) is not None
+        require(is_used, name, value, f"given with {other}")
 
     out, num_samples = Path(options.out), options.num_samples
     is_known = out.suffix in (".png", ".gif", ".npz")

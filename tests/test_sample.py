@@ -327,6 +327,9 @@ def test_a_name_that_is_a_number_goes_before_the_number():
         (["--eta", "2"], "--eta: 2.0 should be a probability, from 0 to 1"),
         (["--cfg-channels", "2"], "--cfg-channels: 2 should be from 1 to 1"),
         (["--cfg-channels", "1"], "1 should be given with a --guidance other than 1"),
+        (["--labels", "balanced"], "--labels: 'balanced' should be given with --num-samples"),
+        (["--resize-mask"], "--resize-mask: True should be given with --mask"),
+        (["--style-strength", "0.5"], "--style-strength: 0.5 should be given with --style"),
         (
             ["--guidance-interval", "20", "60"],
             "--guidance-interval: (20.0, 60.0) should be given with a --guidance other than 1",
