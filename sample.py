@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from dit import checkpoint, cli
+from dit import cli, intact
 from dit.config import (
     AtLeastTwo,
     Config,
@@ -96,10 +96,10 @@ def run(options: Sample) -> Path:
     connect_hosts(options.distributed, "--distributed")
     with refused_together(options.distributed):
         check_value("workdir", options.workdir, LocalPath)
-        workdir, step, damaged = checkpoint.find(Path(options.workdir), options.step)
+        workdir, step, damaged = intact.find(Path(options.workdir), options.step)
         options = dataclasses.replace(options, workdir=str(workdir), step=step)
-        config = checkpoint.stored_config(workdir, step)
-        class_names = tuple(checkpoint.stored_dataset(workdir, step)["class_names"])
+        config = intact.stored_config(workdir, step)
+        class_names = tuple(intact.stored_dataset(workdir, step)["class_names"])
         options = complete(options, config)
         check(options, config)
         options, guide_damaged = with_guide(options, config)
@@ -110,7 +110,7 @@ def run(options: Sample) -> Path:
     # what follows needs jax, which takes a second to import
     import jax
 
-    from dit import generation
+    from dit import checkpoint, generation
     from dit.imagenet.vae import load_vae
     from dit.log import say
     from dit.sharding import local_mesh, replicated
@@ -267,12 +267,12 @@ def with_guide(options: Sample, config: Config) -> tuple[Sample, list[str]]:
     is_step = re.fullmatch("[0-9]+", name)
     path, step = (options.workdir, int(name)) if is_step else (name, None)
     with naming(Path(option)):
-        folder, step, damaged = checkpoint.find(Path(path), step)
-    guides = checkpoint.stored_config(folder, step)
+        folder, step, damaged = intact.find(Path(path), step)
+    guides = intact.stored_config(folder, step)
     for field in SHARED:
         ours, theirs = operator.attrgetter(field)(config), operator.attrgetter(field)(guides)
         require(ours == theirs, f"{option}: {field}", theirs, f"the guided model's {ours!r}")
-    guide_with = str(checkpoint.step_folder(folder, step))
+    guide_with = str(intact.step_folder(folder, step))
     return dataclasses.replace(options, guide_with=guide_with), damaged
 
 

@@ -60,7 +60,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dit import checkpoint, resume
+from dit import checkpoint, intact, resume
 from dit.data import augment, batch_shapes, batches, drop_condition
 from dit.dry_run import dry_run
 from dit.log import Log, say
@@ -195,7 +195,7 @@ def train(config: Config, stop: StopRequest | None = None) -> State:
     describe(config, state, len(dataset.records), start)
     compiled_step = compile_and_say(config, mesh)
     flops_per_image = TRAINING_FLOPS * multiply_adds(state.model)
-    unwritten = checkpoint.stored_metrics(config.workdir, start)
+    unwritten = intact.stored_metrics(config.workdir, start)
     check_stop()
 
     with (

@@ -34,7 +34,7 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dit import checkpoint, cli, generation
+from dit import checkpoint, cli, generation, intact
 from dit.config import AtLeastTwo, Config, Objective, PositiveInt, Range, replace
 from dit.log import read_metrics
 from dit.model import BLOCKS, AdaLNZeroBlock, multiply_adds
@@ -176,7 +176,7 @@ def judge(config: Config, ema: bool | float, samples: int) -> dict[str, np.ndarr
     """Each figure of the judge at each checkpoint of a run, by the last weights or an average."""
     labels = np.arange(samples) % config.data.num_classes
     figures: dict[str, list] = {}
-    for step in sorted(checkpoint.steps(config.workdir)):
+    for step in sorted(intact.steps(config.workdir)):
         model, _ = checkpoint.load(config.workdir, ema, step=step)
         images = generation.generate(model, config, labels)
         judged = JUDGES[config.data.name](images, labels, config.data.split)

@@ -28,7 +28,7 @@ from classifier import Classifier, classify, load_or_train
 from judge import NEAR, Figures, Real, draw, judge_features, nearest, print_table
 
 import sample
-from dit import checkpoint, cli
+from dit import cli, intact
 from dit.config import AnyPath, Config, LocalPath, PositiveInt, require
 from dit.data import open_dataset, tfds_config
 from dit.imagenet.fid import Fid
@@ -196,10 +196,10 @@ def check(options: Options, config: Config) -> None:
 
 def main() -> None:
     options = cli.parse(Options, sys.argv[1:], "benchmarks/cifar10.py", __doc__)
-    workdir, step, _ = checkpoint.find(Path(options.workdir), options.step)
+    workdir, step, _ = intact.find(Path(options.workdir), options.step)
     if os.path.dirname(options.out) == "":
         options = dataclasses.replace(options, out=str(workdir / options.out))
-    config = checkpoint.stored_config(workdir, step)
+    config = intact.stored_config(workdir, step)
     check(options, config)
     split = config.data.split
     accuracy = real_images(split).accuracy

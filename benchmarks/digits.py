@@ -25,7 +25,7 @@ from sklearn.model_selection import KFold, cross_val_score
 from sklearn.svm import SVC
 
 import sample
-from dit import checkpoint, cli
+from dit import cli, intact
 from dit.config import require
 from dit.data import split_rows
 from dit.metrics import frechet_distance, gaussian_of
@@ -92,8 +92,8 @@ def figures_of_real_digits(count: int, split: str) -> Figures:
 def main() -> None:
     argv = [*sys.argv[1:], "--per-class", "100"]
     options = cli.parse(sample.Sample, argv, "benchmarks/digits.py", __doc__)
-    workdir, step, _ = checkpoint.find(Path(options.workdir), options.step)
-    data = checkpoint.stored_config(workdir, step).data
+    workdir, step, _ = intact.find(Path(options.workdir), options.step)
+    data = intact.stored_config(workdir, step).data
     require(data.name == "digits", "workdir", options.workdir, "a run on the digits")
     judges = len(real_digits(data.split).rows)
     print(f"judged by {judges} real digits, of a run on data.split {data.split!r}")

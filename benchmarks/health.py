@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import tyro
 
-from dit import checkpoint, cli
+from dit import cli, intact
 from dit.config import Config, LocalPath, Objective, require
 from dit.log import Metrics, read_metrics, recipe
 
@@ -37,8 +37,8 @@ def open_runs(folders: tuple[str, ...]) -> tuple[Config, list[list[Metrics]]]:
     require(len(folders) > 1, "runs", folders, "two or more, for their spread")
     configs, runs = [], []
     for folder in folders:
-        workdir, step, _ = checkpoint.find(Path(folder), option="runs")
-        configs.append(checkpoint.stored_config(workdir, step))
+        workdir, step, _ = intact.find(Path(folder), option="runs")
+        configs.append(intact.stored_config(workdir, step))
         rows = [row for _, row in read_metrics(workdir / "metrics.jsonl")]
         runs.append([row for row in rows if "loss" in row])  # the others are scores
         steps = [[row["step"] for row in rows] for rows in (runs[0], runs[-1])]

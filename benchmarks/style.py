@@ -18,7 +18,7 @@ import tyro
 from classifier import classify, load_or_train
 from PIL import Image
 
-from dit import checkpoint, cli
+from dit import cli, intact
 from dit.config import PositiveInt, require
 from dit.data import open_dataset
 from sample import Sample
@@ -66,8 +66,8 @@ def draw(options: Options, style: np.ndarray | None) -> tuple[np.ndarray, np.nda
 def main() -> None:
     options = cli.parse(Options, sys.argv[1:], "benchmarks/style.py", __doc__)
     workdir = Path(options.workdir)
-    step, _ = checkpoint.newest_intact(workdir)
-    data = checkpoint.stored_config(workdir, step).data
+    step, _ = intact.newest(workdir)
+    data = intact.stored_config(workdir, step).data
     is_cifar10 = data.name == "cifar10"
     require(is_cifar10, "WORKDIR", options.workdir, "the folder of a CIFAR-10 run")
 

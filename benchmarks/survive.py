@@ -39,7 +39,7 @@ import numpy as np
 from bad_input import CHANGES, OFFERS, bad_flags
 from processes import finish, start_hosts
 
-from dit import checkpoint, cli
+from dit import cli, intact
 from dit.config import NonNegativeInt, one_line
 
 STEPS, HALF = 60, 30  # of a run, and where the one ends whose files are damaged
@@ -137,7 +137,7 @@ class Runs:
 
     def difference(self, workdir: Path, hosts: int = 1, but_metrics: bool = False) -> Problem:
         whole, _ = self.undisturbed(hosts)
-        newest = checkpoint.newest_intact(workdir)
+        newest = intact.newest(workdir)
         if newest != (STEPS, []):
             return f"{newest} is the newest checkpoint"
         if not all(map(np.array_equal, state_of(whole), state_of(workdir))):
@@ -163,10 +163,11 @@ def state_of(workdir: Path) -> list[np.ndarray]:
     """Step, parameters, average and optimizer of the newest checkpoint."""
     import jax
 
+    from dit import checkpoint
     from dit.sharding import make_mesh
     from dit.state import abstract_state
 
-    config = checkpoint.stored_config(workdir, STEPS)
+    config = intact.stored_config(workdir, STEPS)
     state = checkpoint.restore(workdir, STEPS, abstract_state(config, make_mesh(config)))
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
@@ -533,7 +534,7 @@ def files(runs: Runs, count: int) -> Iterator[Trial]:
 def damage(runs: Runs, path: str, change: bytes | tuple[bytes, bytes] | None) -> Problem:
     """Samples from a run with a file changed, then goes on with it."""
     workdir = runs.copy_of_half()
-    newest = checkpoint.step_folder(workdir, HALF)
+    newest = intact.step_folder(workdir, HALF)
     changed = workdir / path.replace("NEWEST", f"checkpoints/{HALF}")
     if change is None:
         shutil.rmtree(changed) if changed.is_dir() else changed.unlink()
@@ -542,7 +543,7 @@ def damage(runs: Runs, path: str, change: bytes | tuple[bytes, bytes] | None) ->
         is_content = isinstance(change, bytes)
         changed.write_bytes(change if is_content else changed.read_bytes().replace(*change))
     if newest.is_dir() and changed.name != "checksums.json":
-        (newest / "checksums.json").write_text(json.dumps(checkpoint.checksums(newest)))
+        (newest / "checksums.json").write_text(json.dumps(intact.checksums(newest)))
 
     picture = workdir / "x.png"
     status, lines = answer(

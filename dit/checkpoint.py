@@ -1,204 +1,36 @@
 """Checkpoints: state, config and data set facts together, checked before they are read.
 
 `checkpoints/STEP/` holds the items `model`, `ema`, `optimizer`, `config`, `dataset` and `log`, and
-`ema_DECAY` for each further average, which Orbax writes in the background, and `checksums.json`:
-Orbax restores a flipped bit without an error. The config and the facts are read without jax, so
-jax, Orbax and the model are imported where they are used.
+`ema_DECAY` for each further average, which Orbax writes in the background, and `checksums.json`.
 """
-
-from __future__ import annotations
 
 import contextlib
 import dataclasses
 import errno
 import json
 import logging
-import re
 import shutil
 import sys
 import tempfile
 import warnings
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
-from dit.config import (
-    Config,
-    InputError,
-    PositiveInt,
-    Unsaved,
-    check_value,
-    diverged,
-    from_json,
-    one_line,
-    replace,
-    require,
-)
-from dit.files import naming, read_json, whole
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from dit import intact
+from dit.config import Config, InputError, Unsaved, diverged, one_line, replace, require
+from dit.data import Dataset
+from dit.files import whole
 from dit.hosts import refused_together
+from dit.model import DiT
+from dit.state import State, abstract_model, leaves_by_name, with_shardings
 
-if TYPE_CHECKING:
-    import jax
-    import orbax.checkpoint as ocp
-
-    from dit.data import Dataset
-    from dit.model import DiT
-    from dit.state import State
-
-CHECKSUMS = "checksums.json"
-STEP = "0|[1-9][0-9]*"  # the name of a checkpoint's folder
 UNFINISHED = ".orbax-checkpoint-tmp"  # behind the name of a checkpoint that is being written
-
-
-# Which checkpoints are intact
-
-
-def steps(workdir: Path) -> list[int]:
-    """The steps whose checkpoints were completed, newest first. Other folders are ignored."""
-    names = [path.name for path in (workdir / "checkpoints").glob("*/")]
-    numbers = [int(name) for name in names if re.fullmatch(STEP, name)]
-    return sorted(numbers, reverse=True)
-
-
-def step_folder(workdir: Path, step: int) -> Path:
-    return workdir.resolve() / "checkpoints" / str(step)
-
-
-def checksums(folder: Path) -> dict[str, list[int]]:
-    """{file: [bytes, crc32]} of the items of a checkpoint.
-
-    Two files beside them Orbax writes last, `_CHECKPOINT_METADATA` and `commit_success.txt`. Nobody
-    reads them, so that a damaged one does no harm. Damaged checksums are not as written or fit no
-    file.
-    """
-    files = {}
-    for path in sorted(path for path in folder.glob("*/**/*") if path.is_file()):
-        crc = 0
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                crc = zlib.crc32(block, crc)
-        files[str(path.relative_to(folder))] = [path.stat().st_size, crc]
-    return files
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    try:
-        stored = read_json(folder / CHECKSUMS)
-        written = {name: [int(size), int(crc)] for name, (size, crc) in stored.items()}
-    except (ValueError, TypeError, ArithmeticError):
-        return f"{CHECKSUMS} is missing or damaged"
-    try:
-        present = checksums(folder)
-    except OSError as error:
-        return f"it cannot be read: {one_line(error)}"
-    for name, (size, crc) in written.items():
-        if name not in present:
-            return f"{name} is missing"
-        if present[name][0] < size:
-            return f"{name} is truncated"
-        if present[name] != [size, crc]:
-            return f"{name} is damaged"
-    for name in present:
-        if name not in written:
-            return f"{name} has no checksum"
-    return None
-
-
-def find(
-    path: Path, step: int | None = None, option: str = "workdir"
-) -> tuple[Path, int, list[str]]:
-    """The workdir and the step of the checkpoint that a path means, and a line on each damaged one.
-
-    path: a workdir, of which `step` is meant, or the newest that is intact; or a checkpoint itself,
-    as in runs/digits/checkpoints/3000. Raises InputError, naming `option` or "step".
-    """
-    if path.parent.name == "checkpoints" and re.fullmatch(STEP, path.name):
-        named = int(path.name)
-        require(step in (None, named), "step", step, f"left out: {str(path)!r} is of step {named}")
-        return find(path.parent.parent, named, option)
-    kept = steps(path)
-    if step is None or not kept:
-        return path, *newest_intact(path, option)
-    numbers = ", ".join(map(str, kept))
-    require(step in kept, "step", step, f"one of {numbers}, which {str(path)!r} keeps")
-    problem = damage(step_folder(path, step))
-    require(problem is None, "step", step, f"of an intact checkpoint: in this one {problem}")
-    check_layout(path, step, option)
-    return path, step, []
-
-
-def newest_intact(workdir: Path, option: str = "workdir") -> tuple[int, list[str]]:
-    """The newest step whose checkpoint is intact, and a line on each damaged newer one.
-
-    Raises InputError, naming `option`, if there is none, or if an older version of this project
-    wrote it.
-    """
-    broken = {}
-    for step in steps(workdir):
-        problem = damage(step_folder(workdir, step))
-        if problem is None:
-            check_layout(workdir, step, option)
-            return step, [f"checkpoint {n}: {why}; using {step}" for n, why in broken.items()]
-        broken[step] = problem
-    require(workdir.exists(), option, str(workdir), "a run's folder, and there is none")
-    reasons = "; ".join(f"{step}: {problem}" for step, problem in broken.items())
-    raise InputError(
-        f"{option}: {str(workdir)!r} should hold an intact checkpoint in checkpoints/ "
-        f"({reasons or 'train.py writes them'})"
-    )
-
-
-def check_layout(workdir: Path, step: int, option: str) -> None:
-    is_current = (step_folder(workdir, step) / "dataset/metadata").is_file()
-    expected = "of this version: an older one wrote its checkpoints; train or convert again"
-    require(is_current, option, str(workdir), expected)
-
-
-def stored_config(workdir: Path, step: int) -> Config:
-    """The config of a checkpoint. Raises InputError."""
-    path = step_folder(workdir, step) / "config/metadata"
-    values = read_json(path)
-    with naming(path):
-        return from_json(values)
-
-
-def dataset_facts(class_names: tuple[str, ...], num_examples: int | None) -> dict[str, Any]:
-    """What is kept of a data set beside the config. Converted weights have no `num_examples`."""
-    return {"class_names": list(class_names), "num_examples": num_examples}
-
-
-def stored_dataset(workdir: Path, step: int) -> dict[str, Any]:
-    """The `dataset_facts` of a checkpoint. Raises InputError."""
-    path = step_folder(workdir, step) / "dataset/metadata"
-    facts = read_json(path)
-    are_facts = facts.keys() == dataset_facts((), None).keys()
-    require(are_facts, str(path), sorted(facts), "class_names and num_examples")
-    check_names(path, facts["class_names"], stored_config(workdir, step))
-    check_value(f"{path}: num_examples", facts["num_examples"], PositiveInt | None)
-    return facts
-
-
-def check_names(path: Path, names: Any, config: Config) -> None:
-    """Raises InputError unless the names that a file holds are those of the config's classes."""
-    count = config.data.num_classes
-    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    fits = are_names and len(names) == count
-    require(fits, f"{path}: class_names", names, f"the names of {count} classes")
-
-
-def stored_metrics(workdir: Path, step: int) -> dict[str, float]:
-    """What a run had added up since its last line of metrics, if any. Raises InputError."""
-    path = step_folder(workdir, step) / "log/metadata"
-    sums = read_json(path) if path.is_file() else {}
-    for name, value in sums.items():
-        check_value(f"{path}: {name}", value, PositiveInt if name == "steps" else float)
-    require(not sums or "steps" in sums, str(path), sums, "sums of metrics and their steps")
-    return sums
-
-
-# Writing and reading
 
 
 class Checkpoints:
@@ -210,7 +42,7 @@ class Checkpoints:
 
     def __init__(self, config: Config, dataset: Dataset):
         self.config = config
-        self.facts = dataset_facts(dataset.class_names, len(dataset.records))
+        self.facts = intact.dataset_facts(dataset.class_names, len(dataset.records))
         self.folder = config.workdir.resolve() / "checkpoints"
         self.manager = self._make_manager()
         self.saving = None
@@ -218,8 +50,6 @@ class Checkpoints:
         silence_orbax()
 
     def _make_manager(self) -> ocp.CheckpointManager:
-        import orbax.checkpoint as ocp
-        from orbax.checkpoint import checkpoint_managers as policies
 
         kept = [policies.LatestN(self.config.train.keep_last)]
         if self.config.train.keep_every:
@@ -231,7 +61,7 @@ class Checkpoints:
         )
         return ocp.CheckpointManager(self.folder, options=options)
 
-    def __enter__(self) -> Checkpoints:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, *exception: Any) -> None:
@@ -246,8 +76,6 @@ class Checkpoints:
 
         `unwritten` is the log's. Raises Diverged for a state that is not finite.
         """
-        import jax
-        import orbax.checkpoint as ocp
 
         step = int(state.step)
         if step in self.manager.all_steps():
@@ -290,7 +118,6 @@ class Checkpoints:
 
     def _make_room(self, size: int) -> None:
         """Removes what saves that failed have left. Raises OSError if `size` bytes do not fit."""
-        import jax
 
         if jax.process_index() == 0:
             for unfinished in self.folder.glob(f"*{UNFINISHED}"):
@@ -304,12 +131,11 @@ class Checkpoints:
 
     def _write_checksums(self) -> None:
         """Called by Orbax's thread when all items are written, before the folder is renamed."""
-        import jax
 
         self.failure = ""
         folder = self.folder / f"{self.saving}{UNFINISHED}"
         if jax.process_index() == 0:
-            (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))
+            (folder / intact.CHECKSUMS).write_text(json.dumps(intact.checksums(folder)))
 
 
 def silence_orbax() -> None:
@@ -326,14 +152,13 @@ def silence_orbax() -> None:
 
 
 def num_bytes(tree: Any) -> int:
-    import jax
 
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def require_room(config: Config, state: State) -> None:
     """Raises InputError unless the checkpoints that a run keeps, and one more, fit on the disk."""
-    size, count = num_bytes(state), config.train.keep_last + 1 - len(steps(config.workdir))
+    size, count = num_bytes(state), config.train.keep_last + 1 - len(intact.steps(config.workdir))
     free = shutil.disk_usage(config.workdir).free
     expected = f"smaller, or on a larger disk: a checkpoint takes {size / 1e9:.3g} GB, "
     expected += f"{free / 1e9:.3g} GB are free"
@@ -342,8 +167,6 @@ def require_room(config: Config, state: State) -> None:
 
 def is_finite(tree: Any) -> jax.Array:
     """Whether every number of a tree is; on all devices that hold a part of it."""
-    import jax
-    import jax.numpy as jnp
 
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
@@ -351,12 +174,11 @@ def is_finite(tree: Any) -> jax.Array:
 
 def restore(workdir: Path, step: int, target: State) -> State:
     """The state of a step, in the shapes, types and shardings of the target. Raises InputError."""
-    from dit.state import State
 
-    folder = step_folder(workdir, step)
+    folder = intact.step_folder(workdir, step)
     optimizer = {"step": target.step, "opt_state": target.opt_state}
     model = restore_item(folder / "model", target.model)
-    names = stored_config(workdir, step).optim.averages
+    names = intact.stored_config(workdir, step).optim.averages
     emas = tuple(
         restore_item(folder / name, ema) for name, ema in zip(names, target.emas, strict=True)
     )
@@ -371,7 +193,6 @@ def restore_item(folder: Path, target: Any) -> Any:
 
     Raises InputError for arrays that are not the target's, before any is read.
     """
-    import orbax.checkpoint as ocp
 
     silence_orbax()
     try:
@@ -389,14 +210,6 @@ def restore_item(folder: Path, target: Any) -> Any:
             f"{folder}: should be arrays that Orbax reads ({type(error).__name__}: "
             f"{one_line(error)[:120]})"
         ) from error
-
-
-def leaves_by_name(tree: Any) -> dict[str, Any]:
-    """{"blocks.mlp.up.kernel.value": ..., ...}, in the order of the tree's leaves."""
-    import jax
-
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def arrays_by_name(tree: Any) -> dict[str, str]:
@@ -420,19 +233,16 @@ def load(
     training's. step: of a checkpoint known to be intact; None looks for the newest and warns of
     damaged ones. Raises InputError.
     """
-    import jax
-
-    from dit.state import abstract_model, with_shardings
 
     workdir = Path(path)
     if step is None:
-        workdir, step, damaged = find(workdir)
+        workdir, step, damaged = intact.find(workdir)
         for line in damaged:
             warnings.warn(line, stacklevel=2)
-    config = stored_config(workdir, step)
+    config = intact.stored_config(workdir, step)
     if dtype is not None:
         config = replace(config, train=dict(dtype=dtype))
-    item = step_folder(workdir, step) / weights_item(config, ema)
+    item = intact.step_folder(workdir, step) / weights_item(config, ema)
     require(item.is_dir(), "ema", ema, "True: converted weights are one set")
     shapes = abstract_model(config)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -457,9 +267,8 @@ def weights_item(config: Config, ema: bool | float) -> str:
 
 def save_weights(path: Path, model: DiT, config: Config, class_names: tuple[str, ...]) -> None:
     """Writes a model that no run has trained as checkpoint 0 of a folder, which `load` reads."""
-    import orbax.checkpoint as ocp
 
-    facts = dataset_facts(class_names, None)
+    facts = intact.dataset_facts(class_names, None)
     with whole(path.resolve()) as unfinished:
         folder = unfinished / "checkpoints" / "0"
         with ocp.StandardCheckpointer() as writer:
@@ -467,4 +276,4 @@ def save_weights(path: Path, model: DiT, config: Config, class_names: tuple[str,
         for item, text in [("config", config.to_json()), ("dataset", json.dumps(facts))]:
             (folder / item).mkdir()
             (folder / item / "metadata").write_text(text)
-        (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))
+        (folder / intact.CHECKSUMS).write_text(json.dumps(intact.checksums(folder)))

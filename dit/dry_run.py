@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dit import checkpoint, resume
+from dit import checkpoint, intact, resume
 from dit.config import OWN_FIELDS, Config, Stopped, Unsaved, replace
 from dit.data import Dataset, batches
 from dit.images import save_grid
@@ -95,7 +95,7 @@ def save_and_restore(
 ) -> State:
     """The state as it comes back from the first checkpoint of a run. Raises Unsaved."""
     _, save_seconds = timed(save_once, config, dataset, state)
-    saved, _ = checkpoint.newest_intact(config.workdir)
+    saved, _ = intact.newest(config.workdir)
     restored, restore_seconds = timed(first_state, config, mesh, saved, {})
     if not all(map(np.array_equal, jax.tree.leaves(state), jax.tree.leaves(restored))):
         raise Unsaved(f"{config.workdir}: the checkpoint was not restored as it was saved")

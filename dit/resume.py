@@ -17,21 +17,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dit import checkpoint
-from dit.checkpoint import (
-    arrays_by_name,
-    leaves_by_name,
-    step_folder,
-    steps,
-    stored_config,
-    stored_dataset,
-)
+from dit import checkpoint, intact
+from dit.checkpoint import arrays_by_name
 from dit.config import Config, InputError, replace, require
 from dit.data import Dataset
 from dit.files import locked, read_json, whole
 from dit.log import say
 from dit.sharding import shardings
-from dit.state import State, abstract_model, abstract_state, learning_rate, with_shardings
+from dit.state import (
+    State,
+    abstract_model,
+    abstract_state,
+    learning_rate,
+    leaves_by_name,
+    with_shardings,
+)
 
 STEERING = ("optim.learning_rate", "optim.grad_clip", "optim.ema_decay", "train.steps")
 
@@ -69,13 +69,13 @@ def step_to_resume(config: Config, dataset: Dataset) -> tuple[int, list[str]]:
     Raises InputError if the workdir holds a run of another kind.
     """
     workdir = config.workdir
-    if not steps(workdir):
+    if not intact.steps(workdir):
         return 0, []
-    step, damaged = checkpoint.newest_intact(workdir)
-    examples, stored = len(dataset.records), stored_dataset(workdir, step)["num_examples"]
+    step, damaged = intact.newest(workdir)
+    examples, stored = len(dataset.records), intact.stored_dataset(workdir, step)["num_examples"]
     expected = "a run's folder or new: it holds converted weights, from which no run goes on"
     require(stored is not None, "train.workdir", str(workdir), expected)
-    before = stored_config(workdir, step)
+    before = intact.stored_config(workdir, step)
     has_as_many = len(config.optim.averages) == len(before.optim.averages)
     refused = [
         f"{name}: {ours!r}, where {theirs!r} is stored"
@@ -94,7 +94,7 @@ def step_to_resume(config: Config, dataset: Dataset) -> tuple[int, list[str]]:
 
 def changes_at(config: Config, start: int) -> Changes:
     """What a run that goes on from checkpoint `start` changes; nothing at step 0."""
-    return differences(config, stored_config(config.workdir, start)) if start else {}
+    return differences(config, intact.stored_config(config.workdir, start)) if start else {}
 
 
 def describe_changes(config: Config, start: int) -> list[str]:
@@ -103,7 +103,7 @@ def describe_changes(config: Config, start: int) -> list[str]:
     lines = [f"{name} is now {new}, and was {old}" for name, (old, new) in changes.items()]
     is_cosine = config.optim.schedule == "cosine"
     if is_cosine and changes.keys() & {"optim.learning_rate", "train.steps"}:
-        before = stored_config(config.workdir, start)
+        before = intact.stored_config(config.workdir, start)
         old = float(learning_rate(before.optim, before.train.steps)(start))
         new = float(learning_rate(config.optim, config.train.steps)(start))
         lines.append(
@@ -137,9 +137,9 @@ def prepare_workdir(config: Config, start: int) -> contextlib.ExitStack:
 
 def set_aside_after(workdir: Path, start: int) -> None:
     """Renames the checkpoints after step `start`. Raises InputError if one is intact."""
-    later = [step_folder(workdir, step) for step in steps(workdir) if step > start]
+    later = [intact.step_folder(workdir, step) for step in intact.steps(workdir) if step > start]
     for folder in later:
-        is_damaged = checkpoint.damage(folder) is not None
+        is_damaged = intact.damage(folder) is not None
         expected = f"of no other run, which has just saved step {folder.name}; try again"
         require(is_damaged, "train.workdir", str(workdir), expected)
     for folder in later:
@@ -173,7 +173,7 @@ def history_before(path: Path, start: int) -> list[dict[str, Any]]:
 
 def restore(config: Config, mesh: jax.sharding.Mesh, start: int) -> State:
     """The state of the run's checkpoint `start`. Raises InputError."""
-    stored = stored_config(config.workdir, start)
+    stored = intact.stored_config(config.workdir, start)
     as_stored = replace(config, optim=dict(grad_clip=stored.optim.grad_clip))
     state = checkpoint.restore(config.workdir, start, abstract_state(as_stored, mesh))
     # a clip has no arrays of its own, but Adam's have other names behind one
@@ -197,9 +197,12 @@ def find_weights(config: Config) -> Source | None:
     source = config.train.init_from
     if source is None:
         return None
-    workdir, step, damaged = checkpoint.find(Path(source), option="train.init_from")
-    stored = stored_config(workdir, step)
-    ours, theirs = arrays_by_name(abstract_model(config)), arrays_by_name(abstract_model(stored))
+    workdir, step, damaged = intact.find(Path(source), option="train.init_from")
+    stored = intact.stored_config(workdir, step)
+    ours, theirs = (
+        arrays_by_name(abstract_model(config)),
+        arrays_by_name(abstract_model(stored)),
+    )
     taken = [name for name, array in ours.items() if theirs.get(name) == array]
     expected = "weights of which some fit: none has the name and the shape of one of this model's"
     require(taken, "train.init_from", source, expected)
@@ -210,7 +213,7 @@ def find_weights(config: Config) -> Source | None:
     for line in damaged:
         say(line)
     say(f"from {source}, checkpoint {step}: {describe_weights(taken, list(ours))}")
-    return Source(step_folder(workdir, step), stored, taken)
+    return Source(intact.step_folder(workdir, step), stored, taken)
 
 
 def load_weights(source: Source | None, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:

@@ -66,6 +66,12 @@ def abstract_model(config: Config) -> DiT:
     return jax.eval_shape(lambda: make_model(config, jax.random.key(0)))
 
 
+def leaves_by_name(tree: Any) -> dict[str, Any]:
+    """{"blocks.mlp.up.kernel.value": ..., ...}, in the order of the tree's leaves."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
 def make_objective(config: Config) -> DDPM | Flow:
     objective = config.objective
     if objective.name == "flow":

@@ -22,7 +22,7 @@ import table
 import train_step
 from conftest import awaken, tiny_config
 
-from dit import checkpoint, cli, log, sampling, sharding
+from dit import cli, intact, log, sampling, sharding
 from dit.config import Objective, replace
 from dit.imagenet.diffusers import write_diffusers
 from dit.model import count_parameters
@@ -305,7 +305,7 @@ def test_the_band_is_around_the_losses_that_runs_of_any_seed_have(
     assert len(shares) == 4 and sum(shares) == pytest.approx(100, abs=2)
 
     *_, other = seeds
-    config = checkpoint.stored_config(Path(other), 3)
+    config = intact.stored_config(Path(other), 3)
     assert log.known_band(replace(config, data=dict(flip=True))) is None
     steps, low, high = log.known_band(config).T
     assert steps.tolist() == [1, 2, 3]

@@ -24,7 +24,7 @@ from conftest import (
     tiny_config,
 )
 
-from dit import checkpoint, resume
+from dit import checkpoint, intact, resume
 from dit.config import Config, InputError, replace
 from dit.sharding import make_mesh, replicated
 from dit.state import abstract_state, make_model, make_state
@@ -32,7 +32,7 @@ from dit.state import abstract_state, make_model, make_state
 
 def seal(step_folder: Path) -> None:
     """Makes the checksums fit what is there."""
-    text = json.dumps(checkpoint.checksums(step_folder))
+    text = json.dumps(intact.checksums(step_folder))
     (step_folder / "checksums.json").write_text(text)
 
 
@@ -83,9 +83,9 @@ def test_a_checkpoint_holds_the_config_and_the_facts_of_the_data(saved):
     workdir, config, _ = saved
     items = {path.name for path in folder(workdir, 20).iterdir() if path.is_dir()}
     assert items == {"model", "ema", "optimizer", "config", "dataset", "log"}
-    assert checkpoint.stored_config(workdir, 20) == config
+    assert intact.stored_config(workdir, 20) == config
     facts = {"class_names": list("0123456789"), "num_examples": 1797}
-    assert checkpoint.stored_dataset(workdir, 20) == facts
+    assert intact.stored_dataset(workdir, 20) == facts
 
 
 def test_a_step_that_is_saved_already_is_left_alone(copy):
@@ -108,21 +108,21 @@ def test_what_the_log_holds_is_saved_as_it_is_at_the_step(saved, tmp_path, monke
         save = checkpoints.manager.save
         monkeypatch.setattr(checkpoints.manager, "save", go_on_and_save)
         checkpoints.save(at_step(saved[2], 10), sums)
-    assert checkpoint.stored_metrics(tmp_path, 10) == {"steps": 2, "loss": 3.0}
+    assert intact.stored_metrics(tmp_path, 10) == {"steps": 2, "loss": 3.0}
 
 
 def test_the_last_few_and_every_nth_are_kept(saved, tmp_path):
     config = run_config(tmp_path, keep_last=2, keep_every=4)
     save_steps(config, saved[2], [2, 4, 6, 8, 10, 12])
-    assert checkpoint.steps(tmp_path) == [12, 10, 8, 4]
+    assert intact.steps(tmp_path) == [12, 10, 8, 4]
     for step in (4, 8, 10, 12):
-        assert checkpoint.damage(folder(tmp_path, step)) is None
+        assert intact.damage(folder(tmp_path, step)) is None
 
 
 def test_without_keep_every_the_last_few_alone_are_kept(saved, tmp_path):
     config = run_config(tmp_path, keep_last=1, keep_every=0)
     save_steps(config, saved[2], [2, 4, 6])
-    assert checkpoint.steps(tmp_path) == [6]
+    assert intact.steps(tmp_path) == [6]
 
 
 def test_folders_that_are_no_finished_checkpoint_are_no_steps(copy):
@@ -131,10 +131,10 @@ def test_folders_that_are_no_finished_checkpoint_are_no_steps(copy):
         (workdir / "checkpoints" / name).mkdir()
     (workdir / "checkpoints" / "21").touch()
     before = files(workdir)
-    assert checkpoint.steps(workdir) == [20, 10]
+    assert intact.steps(workdir) == [20, 10]
     resume.prepare_workdir(run_config(workdir), 20)
     assert before.items() <= files(workdir).items()
-    assert checkpoint.steps(workdir / "nowhere") == []
+    assert intact.steps(workdir / "nowhere") == []
 
 
 # Damage
@@ -163,7 +163,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(copy, how):
     name = path.relative_to(folder(workdir, 20))
     harm(path, how)
     line = f"checkpoint 20: {name} is {how}; using 10"
-    assert checkpoint.newest_intact(workdir) == (10, [line])
+    assert intact.newest(workdir) == (10, [line])
     with pytest.warns(UserWarning, match="using 10"):
         checkpoint.load(workdir)
 
@@ -174,7 +174,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(copy, how):
     assert len(names) == 2
     assert names[0] == "10"
     assert names[1].startswith("broken-20-"), "the damaged one is kept, out of Orbax's sight"
-    assert checkpoint.newest_intact(workdir) == (10, [])
+    assert intact.newest(workdir) == (10, [])
 
 
 def test_a_flipped_bit_in_any_file_of_any_item_is_found(copy):
@@ -186,9 +186,9 @@ def test_a_flipped_bit_in_any_file_of_any_item_is_found(copy):
         if content:
             harm(path, "damaged")
             expected = f"{path.relative_to(step_folder)} is damaged"
-            assert checkpoint.damage(step_folder) == expected
+            assert intact.damage(step_folder) == expected
             path.write_bytes(content)
-    assert checkpoint.damage(step_folder) is None
+    assert intact.damage(step_folder) is None
 
 
 NO_CHECKSUMS = [None, "", '{"ema/_METADATA": [', "[]", '{"x": 3}', '{"x": [1]}', '{"x": [1, null]}']
@@ -204,27 +204,27 @@ def test_checksums_that_are_missing_or_damaged_make_the_checkpoint_damaged(copy,
     else:
         path.write_text(content)
     line = "checkpoint 20: checksums.json is missing or damaged; using 10"
-    assert checkpoint.newest_intact(workdir) == (10, [line])
+    assert intact.newest(workdir) == (10, [line])
 
 
 def test_a_file_of_an_item_that_has_no_checksum_makes_the_checkpoint_damaged(copy):
     workdir, _ = copy
     (folder(workdir, 20) / "notes.txt").touch()  # beside the items
-    assert checkpoint.damage(folder(workdir, 20)) is None
+    assert intact.damage(folder(workdir, 20)) is None
     (folder(workdir, 20) / "ema/other").touch()
-    assert checkpoint.damage(folder(workdir, 20)) == "ema/other has no checksum"
+    assert intact.damage(folder(workdir, 20)) == "ema/other has no checksum"
     (folder(workdir, 20) / "checksums.json").write_text("{}")
-    assert checkpoint.damage(folder(workdir, 20)).endswith(" has no checksum")
-    assert checkpoint.newest_intact(workdir)[0] == 10
+    assert intact.damage(folder(workdir, 20)).endswith(" has no checksum")
+    assert intact.newest(workdir)[0] == 10
 
 
 def test_a_checkpoint_that_the_disk_cannot_read_is_damaged(copy, monkeypatch):
     def fail(path):
         raise OSError(errno.EIO, "Input/output error", "x")
 
-    monkeypatch.setattr(checkpoint, "checksums", fail)
+    monkeypatch.setattr(intact, "checksums", fail)
     expected = "it cannot be read: [Errno 5] Input/output error: 'x'"
-    assert checkpoint.damage(folder(copy[0], 20)) == expected
+    assert intact.damage(folder(copy[0], 20)) == expected
 
 
 def test_without_an_intact_checkpoint_nothing_is_started_over(refused, copy):
@@ -242,7 +242,7 @@ def test_without_an_intact_checkpoint_nothing_is_started_over(refused, copy):
 
 def test_an_empty_folder_holds_no_checkpoint_and_begins_a_run(tmp_path):
     with pytest.raises(InputError, match=r"should hold an intact .* \(train.py writes them\)"):
-        checkpoint.newest_intact(tmp_path)
+        intact.newest(tmp_path)
     (tmp_path / "checkpoints/10.orbax-checkpoint-tmp/ema").mkdir(parents=True)
     assert resume.step_to_resume(run_config(tmp_path), digits()) == (0, [])
 
@@ -257,13 +257,13 @@ def test_a_path_means_the_newest_checkpoint_or_the_one_it_names(copy):
         (folder(workdir, 10), 10),
         (folder(workdir, 20), 20),
     ]:
-        assert checkpoint.find(path) == (workdir, step, [])
+        assert intact.find(path) == (workdir, step, [])
         model, _ = checkpoint.load(path)
         expected, _ = checkpoint.load(workdir, step=step)
         assert largest_difference(model, expected) == 0
-    assert checkpoint.find(workdir, 10) == checkpoint.find(folder(workdir, 10), 10)
+    assert intact.find(workdir, 10) == intact.find(folder(workdir, 10), 10)
     harm(largest_file(folder(workdir, 20)), "missing")
-    _, step, damaged = checkpoint.find(workdir)
+    _, step, damaged = intact.find(workdir)
     assert (step, len(damaged)) == (10, 1)
 
 
@@ -272,16 +272,16 @@ def test_a_checkpoint_that_is_not_kept_or_not_intact_is_refused(copy):
     words = f"^step: 15 should be one of 20, 10, which {str(workdir)!r} keeps$"
     for path, step in [(workdir, 15), (folder(workdir, 15), None), (folder(workdir, 15), 15)]:
         with pytest.raises(InputError, match=words):
-            checkpoint.find(path, step)
+            intact.find(path, step)
     path = folder(workdir, 20)
     with pytest.raises(InputError, match=f"^step: 10 should be left out: {str(path)!r} is of step"):
-        checkpoint.find(path, 10)
+        intact.find(path, 10)
     (path / "ema/_METADATA").unlink()
     words = "^step: 20 should be of an intact checkpoint: in this one ema/_METADATA is missing$"
     with pytest.raises(InputError, match=words):
-        checkpoint.find(workdir, 20)
+        intact.find(workdir, 20)
     with pytest.raises(InputError, match="^source: '.*' should hold an intact checkpoint in"):
-        checkpoint.find(workdir.parent, 20, "source")
+        intact.find(workdir.parent, 20, "source")
 
 
 # What is stored, when it is not as written
@@ -301,7 +301,7 @@ def change_json(workdir: Path, item: str, change) -> Path:
 def test_a_config_from_before_a_field_was_added_is_loaded_and_resumed(copy):
     workdir, config = copy
     change_json(workdir, "config", lambda values: values["model"].pop("mlp_ratio"))
-    assert checkpoint.stored_config(workdir, 20).model == config.model
+    assert intact.stored_config(workdir, 20).model == config.model
     assert resume.step_to_resume(config, digits()) == (20, [])
 
 
@@ -360,10 +360,10 @@ def test_facts_of_a_data_set_that_cannot_be_are_refused_by_their_file(copy, chan
 )
 def test_sums_of_metrics_that_cannot_be_are_refused_by_their_file(copy, sums, words):
     workdir, _ = copy
-    assert checkpoint.stored_metrics(workdir, 20) == {}
+    assert intact.stored_metrics(workdir, 20) == {}
     path = change_json(workdir, "log", lambda values: values.update(sums))
     with pytest.raises(InputError) as refusal:
-        checkpoint.stored_metrics(workdir, 20)
+        intact.stored_metrics(workdir, 20)
     assert str(refusal.value).startswith(f"{path}: {words}")
 
 
@@ -406,23 +406,23 @@ def test_what_orbax_notes_beside_the_items_may_be_anything(copy, content):
         note.unlink() if content is None else note.write_bytes(content)
     assert resume.step_to_resume(config, digits()) == (20, [])
     save_steps(config, make_state(config, make_mesh(config)), [20, 30])
-    assert checkpoint.steps(workdir) == [30, 20, 10]
+    assert intact.steps(workdir) == [30, 20, 10]
 
 
 def test_no_bit_of_the_checksums_can_be_flipped_unnoticed(copy, monkeypatch):
     step_folder = folder(copy[0], 20)
-    some = dict(list(checkpoint.checksums(step_folder).items())[:5])
-    monkeypatch.setattr(checkpoint, "checksums", lambda folder: some)
+    some = dict(list(intact.checksums(step_folder).items())[:5])
+    monkeypatch.setattr(intact, "checksums", lambda folder: some)
     path = step_folder / "checksums.json"
     content = json.dumps(some).encode()
     path.write_bytes(content)
-    assert checkpoint.damage(step_folder) is None
+    assert intact.damage(step_folder) is None
     for i in range(len(content)):
         for bit in range(8):
             flipped = bytearray(content)
             flipped[i] ^= 1 << bit
             path.write_bytes(flipped)
-            assert checkpoint.damage(step_folder), (i, bit)
+            assert intact.damage(step_folder), (i, bit)
 
 
 # The layout of an older version
@@ -436,7 +436,7 @@ def test_a_checkpoint_of_an_older_version_is_refused_in_one_clear_line(refused, 
     before = files(workdir)
     words = "should be of this version: an older one wrote its checkpoints; train or convert again"
     expected = f"workdir: {str(workdir)!r} {words}"
-    for read in (checkpoint.newest_intact, checkpoint.load):
+    for read in (intact.newest, checkpoint.load):
         with pytest.raises(InputError) as refusal:
             read(workdir)
         assert str(refusal.value) == expected
@@ -505,9 +505,9 @@ def test_weights_that_no_run_trained_are_saved_and_loaded(weights):
     loaded, stored = checkpoint.load(path)
     assert largest_difference(loaded, model) == 0
     assert stored == config
-    assert checkpoint.newest_intact(path) == (0, [])
+    assert intact.newest(path) == (0, [])
     facts = {"class_names": list("abcdefghij"), "num_examples": None}
-    assert checkpoint.stored_dataset(path, 0) == facts
+    assert intact.stored_dataset(path, 0) == facts
     assert [p.name for p in path.parent.iterdir()] == ["weights"], "nothing beside it"
     with pytest.raises(InputError, match="^ema: False should be True: converted weights are one"):
         checkpoint.load(path, ema=False)

@@ -15,7 +15,7 @@ from conftest import awaken, inputs, run_train, tiny_config, tiny_model, write_v
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from dit import checkpoint, cli
+from dit import checkpoint, cli, intact
 from dit.config import InputError, replace
 from dit.imagenet import convert
 from dit.imagenet.diffusers import to_diffusers
@@ -88,7 +88,7 @@ def test_sizes_and_names_are_read_off_the_shapes(ours, tmp_path, capsys, tensors
     assert (sizes.patch_size, sizes.mlp_ratio) == (2, 4.0)
     assert (config.data.image_size, config.data.num_classes) == (48, 11)
     assert config.objective.variance == "learned_range"
-    facts = checkpoint.stored_dataset(ours, 0)
+    facts = intact.stored_dataset(ours, 0)
     assert facts["class_names"] == [str(k) for k in range(11)]
     assert convert.class_names(1000)[207] == "golden retriever"
     save_file(tensors, tmp_path / "dit.safetensors")
@@ -135,7 +135,7 @@ def test_a_model_of_ones_own_goes_there_and_back_with_its_config(
     convert_command(tmp_path / out, tmp_path / "again")
     assert_same_model(tmp_path / "ours", tmp_path / "again")
     assert checkpoint.load(tmp_path / "again")[1] == config
-    assert checkpoint.stored_dataset(tmp_path / "again", 0)["class_names"] == list(names)
+    assert intact.stored_dataset(tmp_path / "again", 0)["class_names"] == list(names)
 
 
 @pytest.fixture(scope="module")
@@ -511,7 +511,7 @@ def test_of_several_averages_one_is_converted(ours, model, tmp_path):
         checkpoint.save_weights(tmp_path / name, weights, config, convert.class_names(11))
     folder = tmp_path / "run/checkpoints/0"
     shutil.copytree(tmp_path / "other/checkpoints/0/ema", folder / "ema_0.8")
-    (folder / "checksums.json").write_text(json.dumps(checkpoint.checksums(folder)))
+    (folder / "checksums.json").write_text(json.dumps(intact.checksums(folder)))
     for flags, expected in [
         ([], model),
         (["--ema-decay", 0.9], model),

@@ -14,7 +14,7 @@ import pytest
 from conftest import OPTIMISED, TINY, Pictures, run_train, tiny_config
 from processes import ROOT
 
-from dit import checkpoint, data, log
+from dit import data, intact, log
 from dit.config import AUGMENT_SIZE, Data, InputError
 from dit.images import to_uint8
 from dit.tfds import Decoded
@@ -529,4 +529,4 @@ def test_100_steps_of_cifar10_tiny_lower_the_loss(tmp_path):
     assert rows[-1]["step"] == 100
     assert np.isfinite([row["loss"] for row in rows]).all()
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]  # means of 50 steps each
-    assert checkpoint.stored_dataset(tmp_path, 100)["class_names"][3] == "cat"
+    assert intact.stored_dataset(tmp_path, 100)["class_names"][3] == "cat"

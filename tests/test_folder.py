@@ -15,7 +15,7 @@ from PIL import Image
 from tensorflow_datasets.core import splits
 
 import train
-from dit import checkpoint, cli, data
+from dit import checkpoint, cli, data, intact
 from dit.config import Data, InputError
 from dit.folder import bound_of, is_folder, open_folder
 from dit.images import centre_crop
@@ -361,9 +361,9 @@ def trained(tmp_path_factory) -> tuple[list, Path]:
 def test_a_run_takes_names_and_number_of_classes_from_the_folder(trained):
     argv, workdir = trained
     assert json.loads((workdir / "config.json").read_text())["data"]["num_classes"] == 3
-    assert checkpoint.stored_config(workdir, 2).data.num_classes == 3
+    assert intact.stored_config(workdir, 2).data.num_classes == 3
     facts = {"class_names": ["heron", "owl", "wren"], "num_examples": 15}
-    assert checkpoint.stored_dataset(workdir, 2) == facts
+    assert intact.stored_dataset(workdir, 2) == facts
     model, _ = checkpoint.load(workdir)
     assert model.num_classes == 3
 

@@ -17,7 +17,7 @@ from processes import finish, start_hosts
 from test_latents import encode_photographs, open_encoded
 
 import train
-from dit import checkpoint
+from dit import checkpoint, intact
 from dit.sharding import make_mesh
 from dit.state import abstract_state
 
@@ -143,7 +143,7 @@ def test_a_sigterm_to_one_command_stops_both_and_only_the_first_prints(tmp_path)
     second.terminate()
     answers = finish(processes)
     assert [status for status, _, _ in answers] == [0, 0], answers
-    step, _ = checkpoint.newest_intact(tmp_path / "two")
+    step, _ = intact.newest(tmp_path / "two")
     assert f"stopped at step {step}; the same command goes on from here" in answers[0][1]
     assert "step" not in answers[1][1]
     assert "parameters" not in answers[1][1]

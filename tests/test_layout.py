@@ -35,6 +35,7 @@ ROWS = [
     "dit.log",
     "dit.ddpm",
     "dit.images dit.metrics",
+    "dit.intact",
     "dit.files",
     "dit.topology",
     "dit.chips dit.program",

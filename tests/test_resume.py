@@ -26,12 +26,11 @@ from conftest import (
     tiny_config,
 )
 
-from dit import checkpoint, resume, run, sharding
-from dit.checkpoint import leaves_by_name
+from dit import checkpoint, intact, resume, run, sharding
 from dit.config import Config, InputError, Mesh, Model, Optim, Train, from_json, replace
 from dit.data import Dataset
 from dit.sharding import make_mesh
-from dit.state import abstract_state, make_model, make_state
+from dit.state import abstract_state, leaves_by_name, make_model, make_state
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -359,7 +358,7 @@ def test_a_run_reads_its_weights_at_its_first_step_and_never_again(
     capsys.readouterr()
     run_train(*TINY, *options, 2)
     assert str(source) not in capsys.readouterr().out
-    assert checkpoint.steps(workdir) == [2, 1]
+    assert intact.steps(workdir) == [2, 1]
     line = refused(run_train, *TINY, "--workdir", workdir, "--train.steps", 3)
     assert f"train.init_from: None, where {str(source)!r} is stored in " in line
 

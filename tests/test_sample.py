@@ -16,7 +16,7 @@ from conftest import TINY, TINY_FLOW, awaken, run_sample, run_train, show_condit
 from PIL import Image
 
 import sample
-from dit import checkpoint, generation, images, sampling
+from dit import checkpoint, generation, images, intact, sampling
 from dit.config import InputError, replace
 from dit.images import to_uint8
 from dit.state import make_model, make_objective, make_state
@@ -511,7 +511,7 @@ def test_frames_go_from_the_noise_to_the_image_in_a_strip_and_in_a_gif(run, tmp_
     run_sample(run, *flags, "--frames", "4", "--out", tmp_path / "x.png")
     strip, row_names, column_names = grids.pop()
     strip = strip.reshape(2, 4, 8, 8, 1)
-    process = make_objective(checkpoint.stored_config(run, 2))
+    process = make_objective(intact.stored_config(run, 2))
     keys = sampling.sample_keys(0, jnp.arange(2))
     noise = sampling.sample_noise(keys, process.num_steps, (8, 8, 1))
     np.testing.assert_array_equal(strip[:, 0], to_uint8(noise))

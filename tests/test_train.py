@@ -22,7 +22,7 @@ from on_hosts import signal_at
 from PIL import Image
 
 import train
-from dit import checkpoint, dry_run, generation, log, run
+from dit import checkpoint, dry_run, generation, intact, log, run
 from dit.config import Stopped
 from dit.data import InMemory
 from dit.sharding import make_mesh
@@ -38,7 +38,7 @@ def rows(workdir: Path) -> list[dict]:
 
 def arrays(workdir: Path, step: int) -> list[np.ndarray]:
     """Step, parameters, average and optimizer state of a checkpoint."""
-    config = checkpoint.stored_config(workdir, step)
+    config = intact.stored_config(workdir, step)
     state = checkpoint.restore(workdir, step, abstract_state(config, make_mesh(config)))
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
@@ -82,18 +82,18 @@ def test_a_run_leaves_what_it_promises(whole_run):
     assert grids == ["0000010.png", "0000020.png"]
     assert Image.open(whole_run / "samples/0000020.png").size[0] > 8 * 64
     assert Image.open(whole_run / "loss.png").size[0] > 100
-    assert checkpoint.steps(whole_run) == [20, 10]
+    assert intact.steps(whole_run) == [20, 10]
 
     lines = rows(whole_run)
     assert [row["step"] for row in lines] == list(range(1, 21))
     names = "loss mse vb grad_norm learning_rate data_seconds images_per_second tflops_per_second"
     assert lines[-1].keys() >= set(names.split())
     assert lines[0]["mse"] == pytest.approx(1, abs=0.2), "the zero output predicts no noise"
-    config = checkpoint.stored_config(whole_run, 20)
+    config = intact.stored_config(whole_run, 20)
     assert config.train.steps == 20
     assert json.loads((whole_run / "config.json").read_text()) == json.loads(config.to_json())
     facts = {"class_names": list("0123456789"), "num_examples": 1797}
-    assert checkpoint.stored_dataset(whole_run, 20) == facts
+    assert intact.stored_dataset(whole_run, 20) == facts
 
 
 @pytest.mark.slow
@@ -103,7 +103,7 @@ def test_a_run_by_flow_matching_is_none_by_ddpm(refused, tmp_path):
     assert first["loss"] == pytest.approx(1.5, abs=0.6), "the zero output predicts no image"
     assert not {"mse", "vb"} & second.keys()
     assert Image.open(tmp_path / "loss.png").size[0] > 100
-    assert checkpoint.stored_config(tmp_path, 2).objective.name == "flow"
+    assert intact.stored_config(tmp_path, 2).objective.name == "flow"
     line = refused(run_train, *TINY, "--workdir", tmp_path)
     assert "objective.name: 'ddpm', where 'flow' is stored in " in line
     run_train(*TINY_FLOW, "--workdir", tmp_path, "--train.steps", "3")
@@ -174,7 +174,7 @@ config = Config(
 )
 """)
     run_train("mine.py")
-    assert checkpoint.newest_intact(tmp_path / "runs/mine") == (2, [])
+    assert intact.newest(tmp_path / "runs/mine") == (2, [])
 
 
 @pytest.mark.parametrize(
@@ -412,7 +412,7 @@ def test_a_run_goes_on_with_what_steers_it_changed(whole_run, tmp_path, capsys):
     assert entry["step"] == 20
     assert entry["optim.grad_clip"] == [None, 0.5]
     assert rows(workdir)[-1]["learning_rate"] == 0
-    assert checkpoint.stored_config(workdir, 22).optim.learning_rate == 0
+    assert intact.stored_config(workdir, 22).optim.learning_rate == 0
 
 
 def test_a_finished_cosine_takes_the_advice_to_go_on(tmp_path, capsys):
@@ -424,7 +424,7 @@ def test_a_finished_cosine_takes_the_advice_to_go_on(tmp_path, capsys):
     assert capsys.readouterr().out == advice
     run_train(*options, 3)
     assert "; it falls to 0 at step 3\n" in capsys.readouterr().out
-    assert checkpoint.steps(tmp_path) == [3, 2]
+    assert intact.steps(tmp_path) == [3, 2]
 
 
 def test_from_a_damaged_checkpoint_the_run_goes_back_and_makes_it_again(
@@ -447,7 +447,7 @@ def test_from_a_damaged_checkpoint_the_run_goes_back_and_makes_it_again(
 def test_a_run_killed_within_its_first_checkpoint_starts_over(tmp_path):
     (tmp_path / "checkpoints/10.orbax-checkpoint-tmp/ema").mkdir(parents=True)
     run_train(*TINY, "--workdir", tmp_path, "--train.steps", "1")
-    assert checkpoint.newest_intact(tmp_path) == (1, [])
+    assert intact.newest(tmp_path) == (1, [])
 
 
 # Stopping
@@ -468,13 +468,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert f"the checkpoints in {str(tmp_path / 'checkpoints')!r} are from before it" in lines[0]
     step = int(lines[0].split(" at step ")[1].split()[0])
     assert step > 1
-    assert checkpoint.newest_intact(tmp_path) == (step - 1, [])
+    assert intact.newest(tmp_path) == (step - 1, [])
     assert rows(tmp_path)[-1]["step"] == step - 1
     assert all(np.isfinite(array).all() for array in arrays(tmp_path, step - 1))
     for bad in range(2, step):  # of parameters that are finite, and too large
         shutil.rmtree(tmp_path / f"checkpoints/{bad}")
     run_train(*TINY, "--workdir", tmp_path, "--train.steps", step + 1)
-    assert checkpoint.newest_intact(tmp_path) == (step + 1, [])
+    assert intact.newest(tmp_path) == (step + 1, [])
 
 
 def test_no_checkpoint_is_made_of_a_state_that_is_not_finite(tmp_path, capsys):
@@ -487,7 +487,7 @@ def test_no_checkpoint_is_made_of_a_state_that_is_not_finite(tmp_path, capsys):
     line = capsys.readouterr().err
     assert line.startswith("train.py: the state after step 2 should be finite")
     assert len(line.splitlines()) == 1
-    assert checkpoint.newest_intact(tmp_path) == (1, [])
+    assert intact.newest(tmp_path) == (1, [])
 
 
 @pytest.mark.slow
@@ -517,7 +517,7 @@ def test_a_full_disk_is_warned_of_once_and_tried_again(
     assert warning.startswith(f"warning: {folder}: checkpoint {step} could not be saved (")
     assert warning.endswith(f"{words} {newest}; the next will be tried")
     assert ended == status
-    assert checkpoint.steps(tmp_path) == kept
+    assert intact.steps(tmp_path) == kept
     assert len(lines) == status
     if status:
         assert lines[0].startswith(f"train.py: {folder}: checkpoint 4 could not be saved (")
@@ -548,7 +548,7 @@ def test_metrics_that_cannot_be_written_are_warned_of_once_and_do_not_end_the_ru
     out = capsys.readouterr().out
     words = "metrics or pictures are not written ([Errno 28] No space left on device)"
     assert out.count(words) == 1
-    assert checkpoint.steps(tmp_path)[0] == 3
+    assert intact.steps(tmp_path)[0] == 3
 
 
 def test_a_stop_before_the_first_step_leaves_nothing(tmp_path, capsys):
@@ -571,7 +571,7 @@ def test_a_stop_while_the_step_is_compiled_makes_none(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "lower_train_step", lower_train_step)
     with pytest.raises(Stopped):
         train.train(tiny_config(train=dict(workdir=str(tmp_path))), stop)
-    assert checkpoint.steps(tmp_path) == []
+    assert intact.steps(tmp_path) == []
 
 
 def test_an_evaluation_is_broken_off_with_its_step_saved(tmp_path, monkeypatch):
@@ -592,7 +592,7 @@ def test_an_evaluation_is_broken_off_with_its_step_saved(tmp_path, monkeypatch):
     )
     with pytest.raises(Stopped):
         train.train(config, stop)
-    assert checkpoint.newest_intact(tmp_path) == (2, [])
+    assert intact.newest(tmp_path) == (2, [])
 
 
 @pytest.mark.slow
@@ -604,7 +604,7 @@ def test_what_was_not_yet_written_of_the_metrics_survives_a_stop(tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             signal_at(patch, steps, signal.SIGTERM)
             run_train(*TINY, "--workdir", tmp_path / "run", *flags, "10")
-        assert checkpoint.steps(tmp_path / "run")[0] == newest
+        assert intact.steps(tmp_path / "run")[0] == newest
     whole, parts = rows(tmp_path / "whole"), rows(tmp_path / "run")
     assert [row["step"] for row in parts] == [5, 10]
     quarters = [f"loss_quarter_{k}" for k in (1, 2, 3, 4)]
@@ -626,7 +626,7 @@ def test_it_is_listened_for_signals_until_the_last_checkpoint_is_written(tmp_pat
         run_train(*TINY, "--workdir", tmp_path, "--train.steps", "1")
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert checkpoint.newest_intact(tmp_path) == (1, [])
+    assert intact.newest(tmp_path) == (1, [])
 
 
 @pytest.mark.slow
@@ -638,7 +638,7 @@ def test_sigterm_saves_and_stops(tmp_path):
     process.terminate()
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    step, _ = checkpoint.newest_intact(tmp_path)
+    step, _ = intact.newest(tmp_path)
     assert 0 < step < 1_000_000
     assert f"stopped at step {step}; the same command goes on from here" in out
     assert rows(tmp_path)[-1]["step"] == step

@@ -54,7 +54,7 @@ if __name__ == "__main__":  # --help and bad input are answered before jax is im
     with cli.exit_status("dit.imagenet.convert"):
         OPTIONS = cli.parse(Convert, sys.argv[1:], "python -m dit.imagenet.convert", __doc__)
 
-from dit import checkpoint
+from dit import checkpoint, intact
 from dit.imagenet.diffusers import read_diffusers, write_diffusers
 from dit.imagenet.official import from_official, hold_config, infer_config, to_official
 from dit.imagenet.tensors import DESCRIPTION, read_described, write_tensors
@@ -70,12 +70,12 @@ def run(options: Convert) -> None:
     if options.to is None:
         model, config, names = read(source, options.num_heads)
     else:
-        workdir, step, damaged = checkpoint.find(source, option="SOURCE")
+        workdir, step, damaged = intact.find(source, option="SOURCE")
         for line in damaged:
             print(line)
         ema = True if options.ema_decay is None else options.ema_decay
         model, config = checkpoint.load(workdir, ema, step=step)
-        names = checkpoint.stored_dataset(workdir, step)["class_names"]
+        names = intact.stored_dataset(workdir, step)["class_names"]
         objective = config.objective.name
         expected = "ddpm: the other layouts do not say for which objective a model is"
         require(objective == "ddpm", "SOURCE: objective.name", objective, expected)
@@ -151,7 +151,7 @@ def read_description(text: str, source: Path) -> tuple[Config, tuple[str, ...]]:
         ) from error
     with naming(source):
         config = from_json(config)
-    checkpoint.check_names(source, names, config)
+    intact.check_names(source, names, config)
     return config, tuple(names)
 
 

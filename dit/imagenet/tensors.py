@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dit.checkpoint import leaves_by_name
 from dit.config import InputError, one_line, require
 from dit.files import read_json, whole
+from dit.state import leaves_by_name
 
 Tensors = dict[str, np.ndarray]
 
