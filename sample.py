@@ -112,7 +112,7 @@ def run(options: Sample) -> Path:
 
     from dit import checkpoint, generation
     from dit.imagenet.vae import load_vae
-    from dit.log import say
+    from dit.progress import say
     from dit.sharding import local_mesh, replicated
 
     for line in damaged + guide_damaged:
@@ -361,7 +361,7 @@ def read_style(options: Sample, config: Config, vae: Any) -> Any:
     import jax.numpy as jnp
 
     from dit.images import centre_crop, from_uint8, open_picture
-    from dit.log import say
+    from dit.progress import say
 
     is_grey = config.data.channels == 1
     image = open_picture("--style", options.style, "L" if is_grey else "RGB")

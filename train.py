@@ -63,8 +63,9 @@ import optax
 from dit import checkpoint, intact, resume
 from dit.data import augment, batch_shapes, batches, drop_condition
 from dit.dry_run import dry_run
-from dit.log import Log, say
+from dit.log import Log
 from dit.model import TRAINING_FLOPS, DiT, multiply_adds
+from dit.progress import say
 from dit.run import (
     describe,
     describe_result,

@@ -36,9 +36,9 @@ from matplotlib.figure import Figure
 
 from dit import checkpoint, cli, generation, intact
 from dit.config import AtLeastTwo, Config, Objective, PositiveInt, Range, replace
-from dit.log import read_metrics
 from dit.model import BLOCKS, AdaLNZeroBlock, multiply_adds
 from dit.normalization import Modulation, xavier
+from dit.writers import read_metrics
 from train import train
 
 FOLDER = Path("runs/ablation")

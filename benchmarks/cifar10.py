@@ -35,8 +35,8 @@ from dit.imagenet.fid import Fid
 from dit.imagenet.fid import run as run_fid
 from dit.imagenet.inception import load_inception
 from dit.images import save_grid
-from dit.log import say
 from dit.metrics import frechet_distance, gaussian_of
+from dit.progress import say
 
 SHOWN = 16  # samples in the picture
 NEIGHBOURS = 7  # training images beside each

@@ -18,7 +18,7 @@ from dit import cli
 from dit.data import Dataset, InMemory, batches
 from dit.files import whole
 from dit.images import from_uint8
-from dit.log import Progress, say
+from dit.progress import Progress, say
 
 WIDTHS = (32, 64, 128)  # channels of each stage, of which the last are the features
 CLASSES = 10

@@ -20,7 +20,7 @@ import tyro
 
 from dit import cli, intact
 from dit.config import Config, LocalPath, Objective, require
-from dit.log import Metrics, read_metrics, recipe
+from dit.writers import Metrics, read_metrics, recipe
 
 QUARTERS = [f"loss_quarter_{k}" for k in (1, 2, 3, 4)]
 STEPS = [n * 10**power for power in range(2, 7) for n in (1, 3, 5)]  # 100, 300, 500, 1000, ...

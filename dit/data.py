@@ -27,7 +27,7 @@ from dit.config import (
 )
 from dit.folder import is_folder, open_folder
 from dit.images import from_uint8
-from dit.log import Progress, say
+from dit.progress import Progress, say
 from dit.tfds import (
     Batch,
     Decoded,

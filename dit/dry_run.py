@@ -16,9 +16,9 @@ from dit import checkpoint, intact, resume
 from dit.config import OWN_FIELDS, Config, Stopped, Unsaved, replace
 from dit.data import Dataset, batches
 from dit.images import save_grid
-from dit.log import say
 from dit.model import TRAINING_FLOPS, multiply_adds
 from dit.program import temporaries
+from dit.progress import say
 from dit.run import describe, first_state, is_due, make_judges, open_run
 from dit.sharding import place_batch
 from dit.signals import StopRequest

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dit.config import Data, one_line, require
 from dit.images import UNDECODABLE
-from dit.log import say
+from dit.progress import say
 from dit.tfds import Decoded, class_words
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # in any case; other files are ignored

@@ -15,9 +15,9 @@ from dit import sampling
 from dit.config import Config, check_sampler, check_steps, require
 from dit.data import Condition, Dataset, null_condition
 from dit.images import read_part, to_uint8, write_npz, write_part
-from dit.log import Progress, with_progress
 from dit.model import DiT
 from dit.normalization import AdaIN
+from dit.progress import Progress, with_progress
 from dit.sharding import local_mesh, map_parts, num_parts, place_rows, replicated
 from dit.state import make_objective
 

@@ -22,7 +22,7 @@ from dit.checkpoint import arrays_by_name
 from dit.config import Config, InputError, replace, require
 from dit.data import Dataset
 from dit.files import locked, read_json, whole
-from dit.log import say
+from dit.progress import say
 from dit.sharding import shardings
 from dit.state import (
     State,

@@ -15,8 +15,8 @@ from dit.data import Dataset, open_dataset, with_num_classes
 from dit.heldout import make_held_out_loss
 from dit.imagenet.fid import make_evaluation
 from dit.imagenet.vae import load_vae
-from dit.log import say
 from dit.model import DiT, check_block, count_parameters, multiply_adds
+from dit.progress import say
 from dit.sharding import make_mesh, place, replicated
 from dit.state import State, make_state
 

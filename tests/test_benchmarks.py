@@ -22,7 +22,7 @@ import table
 import train_step
 from conftest import awaken, tiny_config
 
-from dit import cli, intact, log, sampling, sharding
+from dit import cli, intact, sampling, sharding, writers
 from dit.config import Objective, replace
 from dit.imagenet.diffusers import write_diffusers
 from dit.model import count_parameters
@@ -298,7 +298,7 @@ def test_the_band_is_around_the_losses_that_runs_of_any_seed_have(
     seeds, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(health, "BANDS", tmp_path / "bands.json")
-    monkeypatch.setattr(log, "CONFIGS", tmp_path)
+    monkeypatch.setattr(writers, "CONFIGS", tmp_path)
     run(health, "health.py", *seeds[:2])
     last = capsys.readouterr().out.split("\n| 3 | ")[1].split(" |\n")[0].split(" | ")
     shares = [float(cell.split("%")[0]) for cell in last[2:]]
@@ -306,10 +306,10 @@ def test_the_band_is_around_the_losses_that_runs_of_any_seed_have(
 
     *_, other = seeds
     config = intact.stored_config(Path(other), 3)
-    assert log.known_band(replace(config, data=dict(flip=True))) is None
-    steps, low, high = log.known_band(config).T
+    assert writers.known_band(replace(config, data=dict(flip=True))) is None
+    steps, low, high = writers.known_band(config).T
     assert steps.tolist() == [1, 2, 3]
-    losses = [row["loss"] for _, row in log.read_metrics(Path(other) / "metrics.jsonl")]
+    losses = [row["loss"] for _, row in writers.read_metrics(Path(other) / "metrics.jsonl")]
     for loss, least, most in zip(losses, low, high, strict=True):
         assert least < loss < most < 3 * least
 

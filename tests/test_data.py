@@ -14,7 +14,7 @@ import pytest
 from conftest import OPTIMISED, TINY, Pictures, run_train, tiny_config
 from processes import ROOT
 
-from dit import data, intact, log
+from dit import data, intact, progress
 from dit.config import AUGMENT_SIZE, Data, InputError
 from dit.images import to_uint8
 from dit.tfds import Decoded
@@ -405,7 +405,7 @@ class Clock:
     def __init__(self, monkeypatch):
         self.now = 0
         self.lock = threading.Lock()
-        monkeypatch.setattr(log.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
 
 
 class Slow(Pictures):

@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 from matplotlib.axes import Axes
 
 import train
-from dit import checkpoint, heldout, log, run
+from dit import checkpoint, heldout, run, writers
 from dit.data import Dataset, InMemory
 from dit.sharding import make_mesh, replicated
 from dit.state import make_model
@@ -117,7 +117,7 @@ def test_the_plot_shows_it_at_the_steps_at_which_it_was_measured(tmp_path, monke
 
     monkeypatch.setattr(Axes, "plot", plot)
     monkeypatch.setattr(Axes, "legend", lambda axes, **style: None)
-    log.plot_loss(tmp_path)
+    writers.plot_loss(tmp_path)
     assert lines == {
         "loss": ([1, 2], [3, 2]),
         "of held-out images": ([2], [5]),

@@ -76,10 +76,10 @@ def test_it_works_in_any_folder_when_installed(tmp_path):
     shutil.rmtree(source)
     code = """
         import dit
-        from dit import cli, log
+        from dit import cli, writers
         print(dit.__file__)
         print(*cli.preset_names())
-        print(log.known_band(dit.preset("digits_flow")).shape)
+        print(writers.known_band(dit.preset("digits_flow")).shape)
         print(dit.train.__code__.co_filename)
         """
     lines = run_python("\n".join(map(str.strip, code.splitlines())), elsewhere, target).split("\n")

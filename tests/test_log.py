@@ -17,9 +17,10 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
-from dit import cli, log
+from dit import cli, log, writers
 from dit.chips import Chip
 from dit.config import Config, Diverged, replace
+from dit.progress import Progress, say
 
 METRICS = {"loss": 1.0, "mse": 0.75, "vb": 0.25, "grad_norm": 2.0, "learning_rate": 1e-3}
 
@@ -52,7 +53,7 @@ def time(monkeypatch) -> Time:
 
 def test_progress_prints_a_line_at_most_every_five_seconds_and_at_the_end(time):
     file = io.StringIO()
-    progress = log.Progress(10, "image", file=file)
+    progress = Progress(10, "image", file=file)
     for seconds in [2, 1, 1, 1, 3, 0]:  # at 102, 103, 104, 105, 108, 108
         time.now += seconds
         progress.advance(1)
@@ -67,7 +68,7 @@ def test_progress_prints_a_line_at_most_every_five_seconds_and_at_the_end(time):
 
 
 def test_progress_that_goes_on_does_not_count_what_was_done_before(time, capsys):
-    progress = log.Progress(50_000, "image", done=1000)
+    progress = Progress(50_000, "image", done=1000)
     time.now += 2
     progress.advance(24)
     assert progress.rate == 12
@@ -76,14 +77,14 @@ def test_progress_that_goes_on_does_not_count_what_was_done_before(time, capsys)
 
 
 def test_progress_over_items_counts_each():
-    progress = log.Progress(3, "file", file=io.StringIO())
+    progress = Progress(3, "file", file=io.StringIO())
     assert list(progress.over("abc")) == ["a", "b", "c"]
     assert progress.done == 3
 
 
 def test_a_terminal_shows_a_bar_and_no_lines(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    progress = log.Progress(8, "step", done=3)
+    progress = Progress(8, "step", done=3)
     progress.advance(2, "loss 0.2500")
     assert not progress.bar.disable
     assert (progress.bar.n, progress.bar.total) == (5, 8)
@@ -318,9 +319,9 @@ def test_a_resumed_run_drops_the_metrics_that_it_will_log_again(tmp_path):
     first, second, _ = path.read_text().splitlines(keepends=True)
     with path.open("a") as file:
         file.write('{"step": 4, "lo')  # killed while it wrote
-    log.drop_metrics_after(path, 2)
+    writers.drop_metrics_after(path, 2)
     assert path.read_text() == first + second
-    log.drop_metrics_after(tmp_path / "nothing.jsonl", 2)
+    writers.drop_metrics_after(tmp_path / "nothing.jsonl", 2)
     assert not (tmp_path / "nothing.jsonl").exists()
 
 
@@ -440,28 +441,28 @@ def test_the_plot_has_a_line_for_the_loss_and_for_each_part_that_it_has(
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     shown = []
     monkeypatch.setattr(Axes, "plot", lambda axes, *values, label, **style: shown.append(label))
-    log.plot_loss(tmp_path)
+    writers.plot_loss(tmp_path)
     assert len(shown) == len(lines)
     for label, words in zip(shown, lines, strict=True):
         assert label.startswith(words)
 
 
 def test_the_plot_shows_the_band_of_the_same_recipe_as_far_as_the_run_went(tmp_path, monkeypatch):
-    monkeypatch.setattr(log, "CONFIGS", tmp_path)
+    monkeypatch.setattr(writers, "CONFIGS", tmp_path)
     config = config_in(tmp_path)
-    assert log.known_band(config) is None
+    assert writers.known_band(config) is None
     of_another_version = json.loads(config.to_json()) | {"no_more": {}}
     entry = {"config": json.loads(config.to_json()), "band": [[2, 0.5, 1.5], [4, 0.25, 1.25]]}
     bands = {"old": {"config": of_another_version, "band": []}, "tiny": entry}
     (tmp_path / "bands.json").write_text(json.dumps(bands))
     for other in (dict(optim=dict(learning_rate=0.5)), dict(train=dict(batch_size=32))):
-        assert log.known_band(replace(config, **other)) is None
-    band = log.known_band(replace(config, train=dict(seed=3, workdir="elsewhere")))
+        assert writers.known_band(replace(config, **other)) is None
+    band = writers.known_band(replace(config, train=dict(seed=3, workdir="elsewhere")))
 
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n')
     shown = []
     monkeypatch.setattr(Axes, "fill_between", lambda axes, *edges, **style: shown.append(edges))
-    log.plot_loss(tmp_path, band)
+    writers.plot_loss(tmp_path, band)
     (edges,) = shown
     assert [edge.tolist() for edge in edges] == [[2], [0.5], [1.5]]
 
@@ -471,7 +472,7 @@ def test_the_bands_that_were_measured_are_those_of_the_presets_as_they_are():
     assert "digits_flow" in measured
     for name in measured:
         config = cli.load_preset(name)
-        steps = log.known_band(config)[:, 0]
+        steps = writers.known_band(config)[:, 0]
         assert (steps == np.arange(1, len(steps) + 1) * config.train.log_every).all()
         assert steps[-1] == config.train.steps
 
@@ -487,13 +488,13 @@ def test_only_process_0_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     config = config_in(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    log.say("hello")
+    say("hello")
     with log.Log(config, 0, 1.0, {}) as run:
         run.record(1, METRICS)
         with run.paused():
             run.write(1)
             run.grid(1, np.zeros((1, 8, 8, 1), np.uint8), ["0"])
-    progress = log.Progress(3, "image")
+    progress = Progress(3, "image")
     progress.advance(3)
     progress.close()
     assert capsys.readouterr() == ("", "")

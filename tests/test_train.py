@@ -22,7 +22,7 @@ from on_hosts import signal_at
 from PIL import Image
 
 import train
-from dit import checkpoint, dry_run, generation, intact, log, run
+from dit import checkpoint, dry_run, generation, intact, run, writers
 from dit.config import Stopped
 from dit.data import InMemory
 from dit.sharding import make_mesh
@@ -537,13 +537,13 @@ def test_metrics_that_cannot_be_written_are_warned_of_once_and_do_not_end_the_ru
     def event(self, step, **content):
         raise OSError(28, "No space left on device")
 
-    before = log.Writers.event
+    before = writers.Writers.event
     options = "--train.steps 3 --train.sample-every 2".split()
 
     def first_lines(self, step, **content):
         return before(self, step, **content) if step == 1 else event(self, step)
 
-    monkeypatch.setattr(log.Writers, "event", first_lines)
+    monkeypatch.setattr(writers.Writers, "event", first_lines)
     run_train(*TINY, "--workdir", tmp_path, *options)
     out = capsys.readouterr().out
     words = "metrics or pictures are not written ([Errno 28] No space left on device)"

@@ -50,9 +50,9 @@ from dit.files import renaming, whole
 from dit.generation import Check, draw_batches, draw_labels, make_condition, make_draw
 from dit.imagenet.inception import Features, load_inception
 from dit.images import BATCH, open_npz
-from dit.log import say, with_progress
 from dit.metrics import Gaussian, Moments
 from dit.model import DiT
+from dit.progress import say, with_progress
 from dit.sharding import local_mesh, place, place_rows, replicated
 
 POOL_FEATURES = 2048

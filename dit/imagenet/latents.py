@@ -64,7 +64,7 @@ from dit.folder import is_folder
 from dit.generation import num_vae_parts
 from dit.imagenet.vae import VAE, load_vae
 from dit.images import from_uint8
-from dit.log import Progress, say
+from dit.progress import Progress, say
 from dit.sharding import local_mesh, map_parts, place_rows, replicated
 from dit.tfds import Decoded, Record, Undecodable
 
