@@ -180,7 +180,7 @@ def train(config: Config, stop: StopRequest | None = None) -> State:
             raise Stopped("stopped; the same command goes on from the newest checkpoint")
 
     with refused_together(distributed):
-        source = resume.find_weights(config) if start == 0 else None
+        source = resume.find_weights(config, start)
         evaluate, draw_grid, held_out_loss = make_judges(config, dataset, mesh, check_stop)
     check_stop()
     with ended_together(distributed):  # each host reads its parts and waits for the others
@@ -243,10 +243,14 @@ def train(config: Config, stop: StopRequest | None = None) -> State:
     return state
 
 
+def run(command: Command, stop: StopRequest | None = None) -> State | None:
+    """What the command line asks for: a dry run, or training, whose last state it returns."""
+    if command.dry_run:
+        return dry_run(command.config, compile_and_say, stop)
+    return train(command.config, stop)
+
+
 if __name__ == "__main__":
     heap.fill_holes_after_compiling()
     with cli.exit_status("train.py"):
-        if COMMAND.dry_run:
-            dry_run(COMMAND.config, compile_and_say, STOP)
-        else:
-            train(COMMAND.config, STOP)
+        run(COMMAND, STOP)

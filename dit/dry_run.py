@@ -38,7 +38,7 @@ def dry_run(config: Config, compile_step: Callable, stop: StopRequest | None = N
 
     say_config(config)
     config, mesh, dataset, start, _ = open_run(config)
-    source = resume.find_weights(config) if start == 0 else None
+    source = resume.find_weights(config, start)
     unscored = replace(config, eval=dict(every=0))  # an evaluation would take long
     _, draw_grid, _ = make_judges(unscored, dataset, mesh, check_stop)
     check_stop()

@@ -192,10 +192,13 @@ class Source(NamedTuple):
     taken: list[str]  # the parameters that fit by name and shape
 
 
-def find_weights(config: Config) -> Source | None:
-    """What `train.init_from` means. Says which parameters fit. Raises InputError if none does."""
+def find_weights(config: Config, start: int) -> Source | None:
+    """What `train.init_from` means to a run that begins at step 0; None later, and without one.
+
+    Says which parameters fit. Raises InputError if none does.
+    """
     source = config.train.init_from
-    if source is None:
+    if start > 0 or source is None:
         return None
     workdir, step, damaged = intact.find(Path(source), option="train.init_from")
     stored = intact.stored_config(workdir, step)

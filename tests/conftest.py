@@ -31,7 +31,7 @@ from PIL import Image
 
 import sample
 import train
-from dit import checkpoint, cli, dry_run
+from dit import checkpoint, cli
 from dit.config import Config, Data, Model, Objective, Optim, Train, replace
 from dit.data import Dataset, open_dataset
 from dit.imagenet.tensors import torch_layout, write_tensors
@@ -155,10 +155,7 @@ def largest_difference(a, b) -> float:
 def run_train(*argv):
     """What `python train.py *argv` does. Returns the last state of a run."""
     with cli.exit_status("train.py"):
-        command = train.parse([str(a) for a in argv])
-        if command.dry_run:
-            return dry_run.dry_run(command.config, train.compile_and_say)
-        return train.train(command.config)
+        return train.run(train.parse([str(a) for a in argv]))
 
 
 def run_sample(*argv):

@@ -256,7 +256,7 @@ def from_weights(path: Path, **sections) -> Config:
 
 def first_state(config: Config):
     mesh = make_mesh(config)
-    weights = resume.load_weights(resume.find_weights(config), mesh)
+    weights = resume.load_weights(resume.find_weights(config, 0), mesh)
     return run.first_state(config, mesh, 0, weights)
 
 
