@@ -21,6 +21,8 @@ from dit import checkpoint, intact
 from dit.sharding import make_mesh
 from dit.state import abstract_state
 
+pytestmark = pytest.mark.slow
+
 
 def run_on_hosts(name: str, count: int, devices: int, folder: Path) -> list[dict]:
     """What each host found."""
@@ -251,7 +253,6 @@ import jax
 import train
 from dit import cli
 
-pytestmark = pytest.mark.slow
 
 def batches(*args):
     stream = whole(*args)
