@@ -76,6 +76,7 @@ def test_devices_that_do_not_divide_are_refused(refused):
     assert "the number of devices, 3" in line
 
 
+@pytest.mark.slow
 def test_a_vae_that_is_here_is_counted(tmp_path):
     folder = write_vae(tmp_path / "vae")
     config = tiny_config(data=dict(latents="x", vae=str(folder), image_size=48))

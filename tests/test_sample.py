@@ -241,6 +241,7 @@ def test_a_guide_that_is_not_there_is_refused(refused, run, tmp_path, flags, wor
     assert words in refused(run_sample, run, "--guide-with", *flags, "--out", out)
 
 
+@pytest.mark.slow
 def test_a_guide_of_another_kind_is_refused(refused, run, flow, layout, tmp_path):
     flags = ["--guidance", "2", "--out", tmp_path / "x.png"]
     line = refused(run_sample, run, "--guide-with", layout, *flags)

@@ -136,6 +136,7 @@ def test_devices_shards_parts_and_remat_do_not_change_a_run(
     assert_same_run(one_device, other)
 
 
+@pytest.mark.slow
 def test_augmentation_is_the_same_on_any_devices_and_in_parts():
     data = dict(augment=0.5)
     one = run_steps(tiny_config(model=MODEL, data=data, optim=OPTIM), devices=1)
@@ -143,6 +144,7 @@ def test_augmentation_is_the_same_on_any_devices_and_in_parts():
     assert_same_run(one, run_steps(tiny_config(model=MODEL, **shared), 8))
 
 
+@pytest.mark.slow
 def test_muon_is_the_same_on_any_devices(monkeypatch):
     monkeypatch.setattr(sharding, "SMALL", 100)
     optim = OPTIM | dict(name="muon")

@@ -252,6 +252,7 @@ def test_evaluation_is_of_the_average_and_is_logged(spied_run):
     assert scores == [(2, 1), (4, 2), (5, 3)]
 
 
+@pytest.mark.slow
 def test_grids_are_drawn_from_the_average(spied_run):
     workdir, _, drawn = spied_run
     assert_averages(dict(zip([3, 5], drawn, strict=True)), workdir)
@@ -273,6 +274,7 @@ def test_neither_is_done_where_it_is_not_asked_for(tmp_path, monkeypatch):
 # What is said
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_command_that_samples_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run_train(*TINY, "--name", "my run", "--train.steps", "1", "--train.sample-every", "1")
@@ -307,6 +309,7 @@ def test_a_dry_run_tries_every_part_and_leaves_nothing(tmp_path, monkeypatch, ca
         assert words in out
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_a_run_that_goes_on_reads_it_and_refuses_what_the_run_would(
     refused, whole_run, capsys
 ):
@@ -321,6 +324,7 @@ def test_a_dry_run_of_a_run_that_goes_on_reads_it_and_refuses_what_the_run_would
     assert files(whole_run) == before
 
 
+@pytest.mark.slow
 def test_a_dry_run_finds_a_checkpoint_that_is_not_what_was_saved(tmp_path, monkeypatch, capsys):
     before = dry_run.first_state
 
@@ -365,6 +369,7 @@ def test_ten_steps_a_kill_and_ten_more_equal_twenty(whole_run, tmp_path):
             assert a[name] == b[name]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is_and_a_longer_one_goes_on(whole_run, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(whole_run, workdir)
@@ -396,6 +401,7 @@ def test_a_workdir_of_another_run_is_refused_by_the_field(refused, whole_run, fl
     assert files(whole_run) == before
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_what_steers_it_changed(whole_run, tmp_path, capsys):
     """Without a learning rate the parameters stay, and without a decay they are the average."""
     workdir = tmp_path / "run"
@@ -415,6 +421,7 @@ def test_a_run_goes_on_with_what_steers_it_changed(whole_run, tmp_path, capsys):
     assert intact.stored_config(workdir, 22).optim.learning_rate == 0
 
 
+@pytest.mark.slow
 def test_a_finished_cosine_takes_the_advice_to_go_on(tmp_path, capsys):
     options = [*TINY, "--optim.schedule", "cosine", "--workdir", tmp_path, "--train.steps"]
     run_train(*options, 2)
@@ -427,6 +434,7 @@ def test_a_finished_cosine_takes_the_advice_to_go_on(tmp_path, capsys):
     assert intact.steps(tmp_path) == [3, 2]
 
 
+@pytest.mark.slow
 def test_from_a_damaged_checkpoint_the_run_goes_back_and_makes_it_again(
     whole_run, tmp_path, capsys
 ):
@@ -531,6 +539,7 @@ def test_too_little_room_for_the_checkpoints_is_refused(refused, tmp_path, monke
     assert line.endswith("0.001 GB are free")
 
 
+@pytest.mark.slow
 def test_metrics_that_cannot_be_written_are_warned_of_once_and_do_not_end_the_run(
     tmp_path, monkeypatch, capsys
 ):
@@ -612,6 +621,7 @@ def test_what_was_not_yet_written_of_the_metrics_survives_a_stop(tmp_path):
         assert [row[name] for row in parts] == [row[name] for row in whole]
 
 
+@pytest.mark.slow
 def test_it_is_listened_for_signals_until_the_last_checkpoint_is_written(tmp_path, monkeypatch):
     """Where the parts of a checkpoint are written in the background, at the run's end."""
     write_checksums = checkpoint.Checkpoints._write_checksums
