@@ -43,6 +43,7 @@ def test_a_state_comes_back_bit_for_bit_where_it_was(saved):
         assert b.sharding.is_equivalent_to(a.sharding, a.ndim)
 
 
+@pytest.mark.slow
 def test_several_averages_come_back_each_as_an_item_of_its_own(tmp_path):
     config = run_config(tmp_path)
     config = replace(config, optim=dict(ema_decay=(0.9, 0.99, 0.5)))

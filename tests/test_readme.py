@@ -97,6 +97,7 @@ def own_config() -> str:
     return re.findall(r"^```python\n(from flax.*?)^```", READMES["README.md"], re.M | re.S)[0]
 
 
+@pytest.mark.slow
 def test_the_commands_are_accepted(tmp_path):
     found = [words for text in READMES.values() for words in commands(text)]
     assert len(found) > 40

@@ -342,6 +342,7 @@ def test_weights_that_are_not_finite_are_refused(weights, tmp_path):
         first_state(from_weights(tmp_path / "x"))
 
 
+@pytest.mark.slow
 def test_a_run_reads_its_weights_at_its_first_step_and_never_again(
     refused, weights, tmp_path, capsys
 ):

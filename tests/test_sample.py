@@ -155,6 +155,7 @@ def test_batch_size_does_not_change_a_sample_and_seed_does(run, tmp_path):
     assert (whole != other).mean() > 0.5
 
 
+@pytest.mark.slow
 def test_every_option_changes_what_it_should(run, tmp_path):
     base_flags = ["--classes", "3", "--sampler", "ddim"]
     base, _ = draw(run, tmp_path, *base_flags)
