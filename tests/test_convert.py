@@ -113,6 +113,7 @@ def test_diffusers_to_ours_and_back_is_bit_exact(ours, tmp_path):
     assert config["out_channels"] == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("out", ["theirs.safetensors", "theirs"])
 @pytest.mark.parametrize("learns_variance", [True, False])
 @pytest.mark.parametrize("channels", [1, 3, 4])

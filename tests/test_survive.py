@@ -7,6 +7,7 @@ import typing
 from pathlib import Path
 
 import jax
+import pytest
 from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,7 +65,8 @@ def configs(draw: st.DrawFn) -> Config:
     return tiny_config(**changes)
 
 
-@settings(max_examples=60, derandomize=True, database=None, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=100, derandomize=True, database=None, deadline=None)
 @given(configs())
 def test_a_config_is_refused_in_one_line_or_makes_a_step(config):
     try:
