@@ -191,6 +191,17 @@ def complete(options: Sample, config: Config) -> Sample:
     )
 
 
+# Options that do nothing without another one, and what is asked of that
+NEEDS = {
+    "cfg_channels": ("guidance", "a --guidance other than 1"),
+    "guidance_interval": ("guidance", "a --guidance other than 1"),
+    "guide_with": ("guidance", "a --guidance other than 1"),
+    "labels": ("num_samples", "--num-samples"),
+    "resize_mask": ("mask", "--mask"),
+    "style_strength": ("style", "--style"),
+}
+
+
 def check(options: Sample, config: Config) -> None:
     """Raises InputError for what the model of the config cannot do."""
     objective, channels = config.objective, config.input_shape[2]
@@ -207,16 +218,11 @@ def check(options: Sample, config: Config) -> None:
     require(rises, "--guidance-interval", interval, "LOW and a HIGH above it")
     meets_times = not is_flow or interval is None or interval[0] < 1
     require(meets_times, "--guidance-interval", interval, "of times of flow, from 0 to 1")
-    ways = {"--cfg-channels": guided, "--guidance-interval": interval}
-    for name, value in (ways | {"--guide-with": options.guide_with}).items():
-        is_used = value is None or options.guidance != 1
-        require(is_used, name, value, "given with a --guidance other than 1")
-    needs = {"labels": "num_samples", "resize_mask": "mask", "style_strength": "style"}
-    for field, needed in needs.items():
-        value, default = getattr(options, field), getattr(Sample, field)
-        name, other = (f"--{field.replace('_', '-')}" for field in (field, needed))
-        is_used = value == default or getattr(options, needed) is not None
-        require(is_used, name, value, f"given with {other}")
+    for field, (needed, words) in NEEDS.items():
+        value = getattr(options, field)
+        is_there = getattr(options, needed) != getattr(Sample, needed)
+        is_used = value == getattr(Sample, field) or is_there
+        require(is_used, f"--{field.replace('_', '-')}", value, f"given with {words}")
 
     out, num_samples = Path(options.out), options.num_samples
     is_known = out.suffix in (".png", ".gif", ".npz")

@@ -253,7 +253,6 @@ import jax
 import train
 from dit import cli
 
-
 def batches(*args):
     stream = whole(*args)
     yield from (next(stream) for _ in range(2))
