@@ -268,7 +268,6 @@ def test_what_cannot_hold_its_state_is_not_compiled(monkeypatch):
     [
         "digits --topology h100:1",
         "cifar10 --topology h100:1",
-        "imagenet256_xl2 --topology h100:8",
         "imagenet256_xl2 --topology v5e:2x4 --data.vae vae",
     ],
 )

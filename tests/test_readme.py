@@ -1,4 +1,4 @@
-"""Every command of the READMEs is accepted; those that train, encode and sample also do so."""
+"""Every command of the READMEs is accepted, and those of the first one also do what they say."""
 
 import json
 import os
@@ -21,10 +21,14 @@ from conftest import (
     write_vae,
 )
 from PIL import Image
+from safetensors.numpy import load_file
 from test_convert import convert_command
+from test_fid import fid_command, weights  # noqa: F401
 from test_folder import write_folder
 from test_latents import latents_command
+from test_plan import run_plan
 
+from dit import cli, identity
 from dit.imagenet.official import to_official
 from dit.imagenet.tensors import write_tensors
 from dit.model import BLOCKS
@@ -92,6 +96,12 @@ def commands(text: str) -> list[list[str]]:
     ]
 
 
+def commands_of(*programs: str) -> list[list[str]]:
+    """The commands of README.md that run one of these programs."""
+    found = [words[words[0] == "-m" :] for words in commands(READMES["README.md"])]
+    return [words for words in found if words[0] in programs and "--help" not in words]
+
+
 def own_config() -> str:
     """The README's file that defines a config."""
     return re.findall(r"^```python\n(from flax.*?)^```", READMES["README.md"], re.M | re.S)[0]
@@ -116,8 +126,7 @@ def test_what_is_drawn_of_the_digits_is_drawn_as_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = run_config(Path("runs/digits"))
     save_steps(config, awake_state(config), [1000, 2000])
-    wanted = [words for words in commands(READMES["README.md"]) if words[0] == "sample.py"]
-    wanted = [argv for _, *argv in wanted if argv[0] == "runs/digits"]
+    wanted = [argv for _, *argv in commands_of("sample.py") if argv[0] == "runs/digits"]
     assert len(wanted) >= 5
     for argv in wanted:
         run_sample(*argv)
@@ -126,6 +135,12 @@ def test_what_is_drawn_of_the_digits_is_drawn_as_written(tmp_path, monkeypatch):
         assert np.asarray(picture.convert("L")).std() > 10
         assert (getattr(picture, "n_frames", 1) > 1) == (out.suffix == ".gif")
         out.unlink()
+
+
+def official() -> dict[str, np.ndarray]:
+    """The tensors of a published file, but for the model's width and depth."""
+    sizes = dict(input_size=32, patch_size=2, in_channels=4, depth=1, num_classes=1000)
+    return {name: np.asarray(a) for name, a in to_official(tiny_model(**sizes)).items()}
 
 
 @pytest.fixture
@@ -138,8 +153,7 @@ def what_is_asked_for(tmp_path, monkeypatch):
     write_folder(Path("path/to/imagenet/train"), fish=5, owl=3)
     write_folder(Path("photos"), me=5, you=3)
     write_vae(Path("vae"))
-    sizes = dict(input_size=32, patch_size=2, in_channels=4, depth=1, num_classes=1000)
-    write_tensors(Path("dit.safetensors"), to_official(tiny_model(**sizes)))
+    write_tensors(Path("dit.safetensors"), official())
     convert_command("dit.safetensors", "weights/xl2", "--num-heads", 5)
 
 
@@ -150,8 +164,10 @@ def smaller(program: str, *argv: str) -> list[str]:
     if program == "sample.py":
         fewer = ["--num-samples", "5"] if "--num-samples" in argv else []
         return [*argv, "--steps", "2", *fewer]
-    flags = """--model.hidden-size 20 --model.depth 1 --model.num-heads 5 --train.batch-size 16
-        --train.steps 1 --train.sample-steps 2"""
+    flags = "--model.hidden-size 20 --model.depth 1 --model.num-heads 5"
+    if program == "dit.identity":
+        return [*argv, *flags.split()]
+    flags += " --train.batch-size 16 --train.steps 1 --train.sample-steps 2"
     if argv[0].startswith("cifar10"):  # which is not everywhere, as flowers are not
         flags += " --data.name path/to/pictures"
     if argv[0].startswith("imagenet"):
@@ -160,14 +176,22 @@ def smaller(program: str, *argv: str) -> list[str]:
     return [*argv, *flags.split()]
 
 
+def identity_command(*argv):
+    assert identity.run(cli.parse_config(list(argv), "dit.identity", "")) == 0
+
+
 @pytest.mark.slow
 def test_what_is_encoded_trained_and_sampled_is_so_as_written(what_is_asked_for, capsys):
-    run = {"dit.imagenet.latents": latents_command, "train.py": run_train, "sample.py": run_sample}
-    found = [words[words[0] == "-m" :] for words in commands(READMES["README.md"])]
-    found = [words for words in found if words[0] in run and "--help" not in words]
-    found = [words for words in found if words[1] != "runs/digits"]  # drawn above
+    run = {
+        "dit.imagenet.latents": latents_command,
+        "dit.identity": identity_command,
+        "train.py": run_train,
+        "train": run_train,
+        "sample.py": run_sample,
+    }
+    found = [words for words in commands_of(*run) if words[1] != "runs/digits"]  # drawn above
     found.sort(key=lambda words: words[0] != "dit.imagenet.latents")
-    assert len(found) >= 15
+    assert len(found) >= 17
     for program, *argv in found:
         run[program](*smaller(program, *argv))
     trained = {path.parts[1] for path in Path("runs").glob("*/checkpoints/1")}
@@ -177,6 +201,39 @@ def test_what_is_encoded_trained_and_sampled_is_so_as_written(what_is_asked_for,
     assert line in capsys.readouterr().out
     drawn = "weights/xl2/x.png", "runs/cifar10/samples.npz", "runs/imagenet256_xl2/x.npz"
     assert all(Path(path).stat().st_size for path in drawn)
+
+
+@pytest.mark.parity
+def test_the_published_files_are_read_as_written(weights, tmp_path, monkeypatch, capsys):  # noqa: F811
+    import torch
+
+    def torch_file(name: str, arrays: dict[str, np.ndarray]) -> None:
+        torch.save({name: torch.tensor(a) for name, a in arrays.items()}, name)
+
+    monkeypatch.chdir(tmp_path)
+    [(_, file, folder)] = commands_of("dit.imagenet.convert")
+    torch_file(file, official())
+    convert_command(file, folder, "--num-heads", 5)
+    [(_, *argv)] = [argv for argv in commands_of("sample.py") if argv[1] == folder]
+    write_vae(Path("vae"))
+    run_sample(*argv, "--steps", "2")
+    assert np.asarray(Image.open(Path(folder) / "x.png")).std() > 10
+
+    [(_, samples, *argv)] = commands_of("dit.imagenet.fid")
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+    for path in Path(samples), Path(argv[argv.index("--reference") + 1]):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, arr_0=images)
+    torch_file(argv[argv.index("--inception") + 1], load_file(weights))
+    fid_command(samples, *argv)
+    assert re.search(r"fid +-?0\.0", capsys.readouterr().out)
+
+
+@pytest.mark.parity
+def test_the_plan_is_made_as_written(capsys):
+    [(_, *argv)] = commands_of("plan.py")
+    assert run_plan(*argv) == 0
+    assert "as it is: it fits" in capsys.readouterr().out
 
 
 def test_the_extras_exist():
