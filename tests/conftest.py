@@ -181,6 +181,20 @@ def refused(capsys) -> Callable[..., str]:
     return run
 
 
+class Time:
+    """A clock that tests set."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr("time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("time.monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def time(monkeypatch) -> Time:
+    return Time(monkeypatch)
+
+
 # Runs and their checkpoints
 
 STEPS = [10, 20]
