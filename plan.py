@@ -33,13 +33,6 @@ class Plan:
     topology: str | None = None  # chips to compile for, such as h100:8 or v5e:2x4
 
 
-def parse(argv: list[str]) -> Plan:
-    """The options of `PRESET_OR_FILE.py [--topology NAME] [--section.field value ...]`."""
-    plan = cli.parse_preset(Plan, argv, "plan.py", __doc__)
-    plan.config.validate()
-    return plan
-
-
 # The chips are described, not used. To be set before jax is imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -49,7 +42,7 @@ os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")  # else libtpu asks
 
 if __name__ == "__main__":  # --help and bad input are answered before jax is imported
     with cli.exit_status("plan.py"):
-        PLAN = parse(sys.argv[1:])
+        PLAN = cli.parse_config(sys.argv[1:], "plan.py", __doc__, Plan)
 
 import jax
 import numpy as np

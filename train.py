@@ -42,8 +42,7 @@ class Command:
 
 def parse(argv: list[str]) -> Command:
     """The options of `PRESET_OR_FILE.py [--dry-run] [--section.field value ...]`."""
-    command = cli.parse_preset(Command, argv, "train.py", __doc__)
-    cli.check_run(command.config)
+    command = cli.parse_config(argv, "train.py", __doc__, Command)
     is_one_host = not (command.dry_run and command.config.mesh.distributed)
     require(is_one_host, "--dry-run", True, "on one host, without mesh.distributed")
     return command

@@ -20,7 +20,7 @@ import tyro
 
 from dit import cli, intact
 from dit.config import Config, LocalPath, Objective, require
-from dit.writers import Metrics, read_metrics, recipe
+from dit.writers import Metrics, are_alike, read_metrics
 
 QUARTERS = [f"loss_quarter_{k}" for k in (1, 2, 3, 4)]
 STEPS = [n * 10**power for power in range(2, 7) for n in (1, 3, 5)]  # 100, 300, 500, 1000, ...
@@ -42,7 +42,7 @@ def open_runs(folders: tuple[str, ...]) -> tuple[Config, list[list[Metrics]]]:
         rows = [row for _, row in read_metrics(workdir / "metrics.jsonl")]
         runs.append([row for row in rows if "loss" in row])  # the others are scores
         steps = [[row["step"] for row in rows] for rows in (runs[0], runs[-1])]
-        is_alike = recipe(configs[0]) == recipe(configs[-1]) and steps[0] == steps[1]
+        is_alike = are_alike(configs[0], configs[-1]) and steps[0] == steps[1]
         require(is_alike, "runs", folder, f"of the recipe and the steps of {folders[0]!r}")
     seeds = [config.train.seed for config in configs]
     require(len(set(seeds)) == len(seeds), "train.seed", seeds, "another one in each run")

@@ -50,7 +50,6 @@ class Checkpoints:
         silence_orbax()
 
     def _make_manager(self) -> ocp.CheckpointManager:
-
         kept = [policies.LatestN(self.config.train.keep_last)]
         if self.config.train.keep_every:
             kept.append(policies.EveryNSteps(self.config.train.keep_every))
@@ -76,7 +75,6 @@ class Checkpoints:
 
         `unwritten` is the log's. Raises Diverged for a state that is not finite.
         """
-
         step = int(state.step)
         if step in self.manager.all_steps():
             return
@@ -118,7 +116,6 @@ class Checkpoints:
 
     def _make_room(self, size: int) -> None:
         """Removes what saves that failed have left. Raises OSError if `size` bytes do not fit."""
-
         if jax.process_index() == 0:
             for unfinished in self.folder.glob(f"*{UNFINISHED}"):
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -131,7 +128,6 @@ class Checkpoints:
 
     def _write_checksums(self) -> None:
         """Called by Orbax's thread when all items are written, before the folder is renamed."""
-
         self.failure = ""
         folder = self.folder / f"{self.saving}{UNFINISHED}"
         if jax.process_index() == 0:
@@ -152,7 +148,6 @@ def silence_orbax() -> None:
 
 
 def num_bytes(tree: Any) -> int:
-
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
@@ -167,14 +162,12 @@ def require_room(config: Config, state: State) -> None:
 
 def is_finite(tree: Any) -> jax.Array:
     """Whether every number of a tree is; on all devices that hold a part of it."""
-
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
 def restore(workdir: Path, step: int, target: State) -> State:
     """The state of a step, in the shapes, types and shardings of the target. Raises InputError."""
-
     folder = intact.step_folder(workdir, step)
     optimizer = {"step": target.step, "opt_state": target.opt_state}
     model = restore_item(folder / "model", target.model)
@@ -193,7 +186,6 @@ def restore_item(folder: Path, target: Any) -> Any:
 
     Raises InputError for arrays that are not the target's, before any is read.
     """
-
     silence_orbax()
     try:
         stored = arrays_by_name(ocp.StandardCheckpointHandler().metadata(folder).tree)
@@ -233,7 +225,6 @@ def load(
     training's. step: of a checkpoint known to be intact; None looks for the newest and warns of
     damaged ones. Raises InputError.
     """
-
     workdir = Path(path)
     if step is None:
         workdir, step, damaged = intact.find(workdir)
@@ -267,7 +258,6 @@ def weights_item(config: Config, ema: bool | float) -> str:
 
 def save_weights(path: Path, model: DiT, config: Config, class_names: tuple[str, ...]) -> None:
     """Writes a model that no run has trained as checkpoint 0 of a folder, which `load` reads."""
-
     facts = intact.dataset_facts(class_names, None)
     with whole(path.resolve()) as unfinished:
         folder = unfinished / "checkpoints" / "0"

@@ -157,49 +157,29 @@ def check_options(options: Any) -> None:
             check_value(option, getattr(options, name), hint)
 
 
-def parse_config(argv: list[str], prog: str, description: str) -> Config:
-    """The valid config of `PRESET_OR_FILE.py [--section.field value ...]`. Raises InputError."""
-    return check_run(parse_preset(Config, argv, prog, description))
-
-
-def check_run(config: Config) -> Config:
-    """Returns it. Raises InputError where it is not valid, or its name is that of no folder."""
-    config.validate()
-    name = config.name
-    is_folder = Path(name).name == name and name not in ("", ".", "..")
-    is_free = is_folder or config.train.workdir
-    require(is_free, "--name", name, "the name of a folder in runs/, not a path")
-    return config
-
-
-def parse_preset(
-    kind: type[Options],
-    argv: list[str],
-    prog: str,
-    description: str,
+def parse_config(
+    argv: list[str], prog: str, description: str, kind: type[Options] = Config
 ) -> Options:
-    """A Config, or what holds one: its defaults come from the preset that the line begins with.
+    """A valid Config, or what holds one, of `PRESET_OR_FILE.py [--section.field value ...]`.
 
-    A preset's number of classes is that of its own data: with other data it is left open.
+    A preset's number of classes is that of its own data: with other data it is left open. Raises
+    InputError.
     """
-    preset, flags = split_preset(argv, kind, prog, description)
+    if not argv or argv[0].startswith("-"):
+        names = ", ".join(preset_names())
+        parse(kind, argv, f"{prog} PRESET_OR_FILE.py", f"{description}\nPresets: {names}.")
+        raise InputError(f"preset: missing; it should come first, one of {names}, or a Python file")
+    preset, flags = load_preset(argv[0]), argv[1:]
     if any(re.match(r"--data\.(name|latents)(=|$)", flag) for flag in flags):
         preset = replace(preset, data=dict(num_classes=None))
-    prog = f"{prog} {argv[0]}"
     default = preset if kind is Config else kind(preset)
-    return parse(kind, flags, prog, description, default)
-
-
-def split_preset(
-    argv: list[str], kind: type, prog: str, description: str
-) -> tuple[Config, list[str]]:
-    """The preset that a command line begins with, and the rest of the line. Raises InputError."""
-    if argv and not argv[0].startswith("-"):
-        return load_preset(argv[0]), argv[1:]
-    names = ", ".join(preset_names())
-    description = f"{description}\nPresets: {names}."
-    parse(kind, argv, f"{prog} PRESET_OR_FILE.py", description)
-    raise InputError(f"preset: missing; it should come first, one of {names}, or a Python file")
+    options = parse(kind, flags, f"{prog} {argv[0]}", description, default)
+    config = options if kind is Config else options.config
+    config.validate()
+    is_folder = Path(config.name).name == config.name and config.name not in ("", ".", "..")
+    is_free = is_folder or config.train.workdir
+    require(is_free, "--name", config.name, "the name of a folder in runs/, not a path")
+    return options
 
 
 def joins_hosts(argv: list[str]) -> bool:

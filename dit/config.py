@@ -100,6 +100,11 @@ Probability = Annotated[float, Range(lambda value: 0 <= value <= 1, "a probabili
 Decay = Annotated[float, Range(lambda value: 0 <= value < 1, "from 0 to below 1")]
 Seed = Annotated[int, Range(lambda value: 0 <= value < 2**32, "from 0 to 2^32 - 1")]
 Byte = Annotated[int, Range(lambda value: 0 <= value <= 255, "from 0 to 255")]
+Side = Annotated[int, Range(lambda value: 0 < value <= MAX_SIDE, f"from 1 to {MAX_SIDE}")]
+DenoisingSteps = Annotated[
+    int, Range(lambda value: 0 < value <= MAX_STEPS, f"from 1 to {MAX_STEPS}")
+]
+Timesteps = Annotated[int, Range(lambda value: 1 < value <= MAX_STEPS, f"from 2 to {MAX_STEPS}")]
 Count = Annotated[int, Range(lambda value: 0 < value <= 10**7, "from 1 to 10 million")]
 AtLeastTwo = Annotated[int, Range(lambda value: value > 1, "more than 1")]
 LOCAL = Range(lambda path: "://" not in path, "a path of this host's file system, not of a bucket")
@@ -141,7 +146,7 @@ class Model:
 @dataclass(frozen=True)
 class Objective:
     name: Literal["ddpm", "flow"] = "ddpm"  # denoising diffusion, or flow matching
-    num_steps: AtLeastTwo = 1000  # ddpm: timesteps T of the diffusion
+    num_steps: Timesteps = 1000  # ddpm: timesteps T of the diffusion
     schedule: Literal["linear", "cosine"] = "linear"  # ddpm: noise schedule
     variance: Variance = "learned_range"  # ddpm: variance of the reverse process
     min_snr_gamma: PositiveFloat | None = None  # ddpm: weighs the error by min(SNR, gamma) / SNR
@@ -162,7 +167,7 @@ class Objective:
 class Data:
     name: str = "digits"  # `digits`, a TFDS image set with a label, or a folder of class folders
     split: str = "train"  # split, such as `train`, `train[:90%]`, or `val` where a folder has it
-    image_size: PositiveInt = 8  # side of an image, in pixels; others are cropped and resized
+    image_size: Side = 8  # side of an image, in pixels; others are cropped and resized
     channels: Literal[1, 3] = 1  # colour channels of an image
     num_classes: PositiveInt | None = None  # classes; None: as the data; label num_classes is null
     latents: AnyPath | None = None  # folder of VAE latents by dit.imagenet.latents; None is pixels
@@ -218,7 +223,7 @@ class Train:
     keep_last: PositiveInt = 3  # number of newest checkpoints that are kept
     keep_every: NonNegativeInt = 100_000  # checkpoints at multiples of this are kept for good
     sampler: Sampler | None = None  # sampler of the grids; None is ddim, or heun for flow
-    sample_steps: PositiveInt = 50  # denoising steps of the grids; with heun two forwards each
+    sample_steps: DenoisingSteps = 50  # denoising steps of the grids; with heun two forwards each
     guidance: float = 2.0  # guidance scale of the sample grids; 1 is none
     profile_steps: NonNegativeInt = 0  # steps that JAX's profiler traces, after the first; 0: none
     wandb: bool = False  # log to Weights & Biases too (needs the `wandb` extra)
@@ -234,7 +239,7 @@ class Eval:
     num_samples: AtLeastTwo = 10_000  # samples drawn; FID falls with their number, 50,000 are usual
     labels: Labels = "random"  # classes of the samples: drawn at random, or equally many of each
     sampler: Sampler | None = None  # sampler; None is the paper's ddpm, or heun for flow
-    steps: PositiveInt | None = None  # denoising steps; None gives the paper's 250 forwards
+    steps: DenoisingSteps | None = None  # denoising steps; None gives the paper's 250 forwards
     guidance: float = 1.0  # guidance scale; 1 is none
     batch_size: PositiveInt = 256  # samples at a time, over all devices
     split: str | None = None  # split of other images, such as `test`, whose loss is measured
@@ -284,7 +289,6 @@ class Config:
         check_objective(self)
         check_masks(self)
         check_augmentation(self)
-        check_sizes(self)
         check_evaluation(self)
         check_run(self)
         return self
@@ -386,22 +390,20 @@ def check_model(config: Config) -> None:
 
 
 def check_objective(config: Config) -> None:
-    objective, sampler, steps = config.objective, config.sampler, config.train.sample_steps
+    objective = config.objective
     other = "flow" if objective.name == "ddpm" else "ddpm"
     for name in OWN_FIELDS[other]:
         value, default = getattr(objective, name), getattr(Objective, name)
         expected = f"left at {default!r}: it is {other}'s, and objective.name is {objective.name}"
         require(value == default, f"objective.{name}", value, expected)
-    check_sampler("train.sampler", sampler, objective)
-    check_sampler("eval.sampler", config.protocol[0], objective)
-    if objective.name == "flow":
-        return
     timesteps = objective.num_steps
     long_enough = objective.schedule == "cosine" or timesteps > 20
     require(long_enough, "objective.num_steps", timesteps, "more than 20 with the linear schedule")
-    few = f"at most objective.num_steps = {timesteps}"
-    require(steps <= timesteps, "train.sample_steps", steps, few)
-    require(config.protocol[1] <= timesteps, "eval.steps", config.eval.steps, few)
+    check_sampler("train.sampler", config.sampler, objective)
+    check_steps("train.sample_steps", config.train.sample_steps, objective)
+    sampler, steps = config.protocol
+    check_sampler("eval.sampler", sampler, objective)
+    check_steps("eval.steps", steps, objective)
 
 
 def check_sampler(name: str, sampler: str, objective: Objective) -> None:
@@ -430,16 +432,6 @@ def check_augmentation(config: Config) -> None:
     augment, latents = config.data.augment, config.data.latents
     fits = augment == 0 or latents is None
     require(fits, "data.augment", augment, "0 with data.latents, which cannot be turned")
-
-
-def check_sizes(config: Config) -> None:
-    """Bounds what no parameter's shape says: a stored config can claim any of it."""
-    for name, value, most in [
-        ("data.image_size", config.data.image_size, MAX_SIDE),
-        ("objective.num_steps", config.objective.num_steps, MAX_STEPS),
-        ("train.sample_steps", config.train.sample_steps, MAX_STEPS),
-    ]:
-        require(value <= most, name, value, f"at most {most}")
 
 
 def check_evaluation(config: Config) -> None:

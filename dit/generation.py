@@ -39,21 +39,19 @@ def spread_classes(num_classes: int, at_most: int = 10) -> list[int]:
     return np.linspace(0, num_classes - 1, count).astype(int).tolist()
 
 
-def random_labels(seed: int, classes: np.ndarray, count: int) -> np.ndarray:
-    """The label of each sample, int32 `[count]`: label i is a function of (seed, i)."""
-    keys = sampling.sample_keys(seed, jnp.arange(count))
+def draw_labels(how: str, seed: int, classes: np.ndarray, count: int) -> np.ndarray:
+    """Labels int32 `[count]`: `balanced`, as many of each class up to one, or `random`.
+
+    A random label i is a function of (seed, i).
+    """
+    classes = np.asarray(classes, np.int32)
+    if how == "balanced":
+        return classes[np.arange(count) % len(classes)]
 
     def pick(key: jax.Array) -> jax.Array:
         return jax.random.randint(jax.random.fold_in(key, LABEL_TAG), (), 0, len(classes))
 
-    return np.asarray(classes, np.int32)[jax.vmap(pick)(keys)]
-
-
-def draw_labels(how: str, seed: int, classes: np.ndarray, count: int) -> np.ndarray:
-    """Labels `[count]`: `random` ones, or `balanced`: equally many of each class, up to one."""
-    if how == "random":
-        return random_labels(seed, classes, count)
-    return np.asarray(classes, np.int32)[np.arange(count) % len(classes)]
+    return classes[jax.vmap(pick)(sampling.sample_keys(seed, jnp.arange(count)))]
 
 
 def mixtures(first: int, last: int, count: int, num_classes: int) -> np.ndarray:

@@ -115,18 +115,8 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 class FiLM(nnx.Module):
     """(3) behind a norm, or behind none: x `[B, H, W, C]` and c `[B, E]` to x's shape."""
 
-    def __init__(
-        self,
-        condition_size: int,
-        features: int,
-        norm: Layer = lambda x: x,
-        *,
-        kernel_init=zero_init,
-        rngs: nnx.Rngs,
-    ):
-        self.modulation = Modulation(
-            condition_size, 2, features, kernel_init=kernel_init, rngs=rngs
-        )
+    def __init__(self, condition_size: int, features: int, norm: Layer = lambda x: x, *, rngs):
+        self.modulation = Modulation(condition_size, 2, features, rngs=rngs)
         self.norm = norm
 
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
@@ -141,16 +131,8 @@ class ConditionalBatchNorm(nnx.Module):
     returns a norm with updated running statistics.
     """
 
-    def __init__(
-        self,
-        condition_size: int,
-        features: int,
-        *,
-        momentum: float = 0.9,
-        kernel_init=zero_init,
-        rngs: nnx.Rngs,
-    ):
-        self.film = FiLM(condition_size, features, kernel_init=kernel_init, rngs=rngs)
+    def __init__(self, condition_size: int, features: int, *, momentum: float = 0.9, rngs):
+        self.film = FiLM(condition_size, features, rngs=rngs)
         self.momentum = momentum
         self.mean = nnx.BatchStat(jnp.zeros((1, 1, 1, features)))
         self.variance = nnx.BatchStat(jnp.ones((1, 1, 1, features)))
@@ -183,13 +165,12 @@ class SPADE(nnx.Module):
         hidden_size: int = 64,
         norm: Layer = instance_norm,
         *,
-        kernel_init=zero_init,
         rngs: nnx.Rngs,
     ):
         window = (3, 3)
         self.shared = nnx.Conv(mask_classes, hidden_size, window, rngs=rngs)
-        self.gamma = nnx.Conv(hidden_size, features, window, kernel_init=kernel_init, rngs=rngs)
-        self.beta = nnx.Conv(hidden_size, features, window, kernel_init=kernel_init, rngs=rngs)
+        self.gamma = nnx.Conv(hidden_size, features, window, kernel_init=zero_init, rngs=rngs)
+        self.beta = nnx.Conv(hidden_size, features, window, kernel_init=zero_init, rngs=rngs)
         self.norm = norm
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from dit.cli import CONFIGS
 from dit.config import Config, InputError, from_fields
 from dit.images import save_grid
 from dit.progress import say
+from dit.resume import differences
 
 Metrics = dict[str, float]
 
@@ -168,12 +169,10 @@ PANELS = [
 ]
 
 
-def recipe(config: Config) -> tuple:
-    """What the loss in a run's log depends on, but for the seed."""
-    train, optim = config.train, config.optim
-    last_step = train.steps if optim.schedule == "cosine" else None
-    logged = (train.batch_size, train.dtype, train.log_every, last_step)
-    return config.model, config.objective, config.data, optim, logged
+def are_alike(ours: Config, theirs: Config) -> bool:
+    """Whether the losses in two runs' logs come of one recipe, but for the seed."""
+    same_lines = ours.train.log_every == theirs.train.log_every
+    return same_lines and differences(ours, theirs).keys() <= {"train.seed"}
 
 
 def known_band(config: Config) -> np.ndarray | None:
@@ -185,7 +184,7 @@ def known_band(config: Config) -> np.ndarray | None:
     known = json.loads(path.read_text()) if path.exists() else {}
     for entry in known.values():
         with contextlib.suppress(InputError):  # a field that is no more
-            if recipe(from_fields(Config, entry["config"])) == recipe(config):
+            if are_alike(config, from_fields(Config, entry["config"])):
                 return np.array(entry["band"])
     return None
 

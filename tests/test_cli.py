@@ -7,10 +7,11 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import pytest
+import tyro
 from conftest import run_sample, run_train, tiny_config
 
 from dit import checkpoint, cli
@@ -23,6 +24,7 @@ from dit.config import (
     Stopped,
     Unsaved,
     nearest,
+    replace,
 )
 from dit.signals import SIGNALS, StopRequest
 from dit.state import make_model
@@ -364,13 +366,13 @@ def test_a_help_text_is_understood_without_its_neighbours():
 def test_a_presets_own_fields_and_other_options_stand_side_by_side():
     @dataclass(frozen=True)
     class Both:
-        config: Config
+        config: Annotated[Config, tyro.conf.arg(name="")]
         topology: str | None = None
 
-    argv = "digits --topology v5e:2x4".split()
-    preset, flags = cli.split_preset(argv, Both, "x.py", "")
-    assert preset == cli.load_preset("digits")
-    assert flags == ["--topology", "v5e:2x4"]
+    argv = "digits --topology v5e:2x4 --train.steps 7".split()
+    both = cli.parse_config(argv, "x.py", "", Both)
+    expected = replace(cli.load_preset("digits"), train=dict(steps=7))
+    assert (both.config, both.topology) == (expected, "v5e:2x4")
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", "/x"])

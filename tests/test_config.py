@@ -132,6 +132,9 @@ RANGES = {  # annotation: values outside, values inside, how the range is named
     dit_config.Seed: ([-1, 2**32], [0, 2**32 - 1], "from 0 to 2^32 - 1"),
     dit_config.Byte: ([-1, 256], [0, 255], "from 0 to 255"),
     dit_config.AtLeastTwo: ([1], [2], "more than 1"),
+    dit_config.Side: ([0, 4097], [1, 4096], "from 1 to 4096"),
+    dit_config.DenoisingSteps: ([0, 1_000_001], [1, 1_000_000], "from 1 to 1000000"),
+    dit_config.Timesteps: ([1, 1_000_001], [2, 1_000_000], "from 2 to 1000000"),
 }
 
 
@@ -275,15 +278,6 @@ LATENTS = dict(latents="x", image_size=48)
 @pytest.mark.parametrize(
     "sections, words",
     [
-        (dict(data=dict(image_size=4098)), "data.image_size: 4098 should be at most 4096"),
-        (
-            dict(objective=dict(num_steps=1_000_001)),
-            "objective.num_steps: 1000001 should be at most 1000000",
-        ),
-        (
-            dict(objective=FLOW, train=dict(sample_steps=1_000_001)),
-            "train.sample_steps: 1000001 should be at most 1000000",
-        ),
         (
             dict(data=dict(image_size=9)),
             "data.image_size: 9 should be a multiple of model.patch_size = 2",
@@ -312,7 +306,11 @@ LATENTS = dict(latents="x", image_size=48)
         ),
         (
             dict(train=dict(sample_steps=102)),
-            "train.sample_steps: 102 should be at most objective.num_steps = 101",
+            "train.sample_steps: 102 should be from 1 to the model's 101 timesteps",
+        ),
+        (
+            dict(eval=dict(steps=102)),
+            "eval.steps: 102 should be from 1 to the model's 101 timesteps",
         ),
         (
             dict(objective=dict(schedule="linear", num_steps=20), train=dict(sample_steps=3)),

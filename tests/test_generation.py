@@ -81,12 +81,12 @@ def test_at_most_ten_classes_are_spread_from_the_first_to_the_last(num_classes):
 
 def test_a_random_label_is_a_function_of_seed_and_index():
     classes = np.array([2, 3, 5, 7])
-    labels = generation.random_labels(0, classes, 400)
+    labels = generation.draw_labels("random", 0, classes, 400)
     assert labels.dtype == np.int32
     assert set(labels) == set(classes)
     assert np.bincount(labels).max() < 150
-    np.testing.assert_array_equal(generation.random_labels(0, classes, 41), labels[:41])
-    assert (generation.random_labels(1, classes, 400) != labels).mean() > 0.5
+    np.testing.assert_array_equal(generation.draw_labels("random", 0, classes, 41), labels[:41])
+    assert (generation.draw_labels("random", 1, classes, 400) != labels).mean() > 0.5
 
 
 def test_no_timestep_shares_its_key_with_the_label():
@@ -534,7 +534,7 @@ def test_a_grid_is_broken_off_between_two_batches():
 def test_many_samples_go_on_where_they_were_killed(tmp_path):
     config = shown_config()
     model = show_condition(config, brightness)
-    labels = generation.random_labels(0, np.arange(10), 21)
+    labels = generation.draw_labels("random", 0, np.arange(10), 21)
     draw = generation.make_draw(
         config, local_mesh(), generation.make_condition(labels, config), 8, **DDIM
     )

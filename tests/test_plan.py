@@ -24,10 +24,14 @@ ROOT = Path(plan.__file__).parent
 SMALL_RUN = ["digits", "--model.hidden-size", "32", "--model.depth", "2"]
 
 
+def parse(*argv: str) -> plan.Plan:
+    return cli.parse_config(list(argv), "plan.py", "", plan.Plan)
+
+
 def run_plan(*argv: str) -> int:
     """What `python plan.py *argv` does; returns the exit status."""
     with cli.exit_status("plan.py"):
-        return plan.run(plan.parse(list(argv)))
+        return plan.run(parse(*argv))
 
 
 # Without a compiler
@@ -131,7 +135,7 @@ def test_changes_are_shown_as_flags_that_make_them():
     changes = {"model": {"remat": "full"}, "train": {"batch_size": 8}}
     flags = plan.Attempt(changes, bytes=1, found=None).flags
     assert flags == "--model.remat full --train.batch-size 8"
-    parsed = plan.parse(["digits", *flags.split()])
+    parsed = parse("digits", *flags.split())
     assert (parsed.config.model.remat, parsed.config.train.batch_size) == ("full", 8)
     assert plan.Attempt({}, bytes=1, found=None).flags == ""
 
@@ -229,7 +233,7 @@ def test_a_run_on_cpus_is_planned_and_fits_what_has_no_limit(capsys):
 @pytest.mark.slow
 def test_a_run_that_does_not_fit_is_told_what_makes_it_fit(capsys, monkeypatch):
     argv = [*SMALL_RUN, "--topology", "cpu:1", "--train.sample-every", "0"]
-    config = plan.parse(argv).config
+    config = parse(*argv).config
     devices = plan.devices_of("cpu:1")
     sizes = {
         remat: plan.estimate(replace(config, model=dict(remat=remat)), devices).total

@@ -56,7 +56,7 @@ def until_parsed(parse):
         return result
     return stopping
 
-for name in ("parse", "parse_preset", "parse_config"):
+for name in ("parse", "parse_config"):
     setattr(cli, name, until_parsed(getattr(cli, name)))
 
 root, commands = sys.argv[1], json.loads(sys.argv[2])

@@ -145,9 +145,11 @@ def test_the_plot_shows_the_band_of_the_same_recipe_as_far_as_the_run_went(tmp_p
     entry = {"config": json.loads(config.to_json()), "band": [[2, 0.5, 1.5], [4, 0.25, 1.25]]}
     bands = {"old": {"config": of_another_version, "band": []}, "tiny": entry}
     (tmp_path / "bands.json").write_text(json.dumps(bands))
-    for other in (dict(optim=dict(learning_rate=0.5)), dict(train=dict(batch_size=32))):
-        assert writers.known_band(replace(config, **other)) is None
-    band = writers.known_band(replace(config, train=dict(seed=3, workdir="elsewhere")))
+    for other in dict(batch_size=32), dict(init_from="weights"), dict(log_every=7):
+        assert writers.known_band(replace(config, train=other)) is None
+    assert writers.known_band(replace(config, optim=dict(learning_rate=0.5))) is None
+    without_effect = dict(train=dict(seed=3, workdir="elsewhere"), model=dict(remat="dots"))
+    band = writers.known_band(replace(config, **without_effect))
 
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n')
     shown = []
