@@ -35,6 +35,7 @@ from dit.tfds import (
     open_tfds,
     read_class_names,
     record_keys,
+    rows_of,
     tfds_builder,
 )
 
@@ -129,16 +130,8 @@ def split_rows(split: str, count: int) -> np.ndarray:
     """
     if split == "train":
         return np.arange(count)
-
-    import tensorflow_datasets as tfds
-
     order = np.random.RandomState(0).permutation(count)  # whose numbers are the same in any NumPy
-    whole = tfds.core.SplitInfo("train", shard_lengths=[count], num_bytes=0)
-    try:
-        slices = tfds.core.ReadInstruction.from_spec(split).to_absolute({"train": whole})
-        rows = np.concatenate([order[part.from_ : part.to] for part in slices])
-    except (ValueError, NotImplementedError):
-        rows = order[:0]
+    rows = order[rows_of(split, "train", count)]
     expected = "train, or a slice of it that is not empty, such as train[:50%]"
     require(len(rows), "data.split", split, expected)
     return rows

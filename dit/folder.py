@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dit.config import Data, one_line, require
 from dit.images import UNDECODABLE
 from dit.progress import say
-from dit.tfds import Decoded, class_words
+from dit.tfds import Decoded, class_words, rows_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # in any case; other files are ignored
 MAX_DAMAGED = 0.5  # of the pictures whose first bytes are right
@@ -69,7 +69,7 @@ def open_folder(config: Data) -> tuple[Decoded, tuple[str, ...]]:
     """
     masks, name = config.mask_classes, config.name
     require(masks == 0, "data.mask_classes", masks, "0: a folder of pictures has no masks")
-    folder, class_names, bounds = open_split(config)
+    folder, class_names = open_split(config)
     classes, unreadable = [], []
     for class_name in tqdm(class_names, unit=" class", delay=3, leave=False, disable=None):
         readable, others = find_pictures(folder, class_name)
@@ -81,14 +81,13 @@ def open_folder(config: Data) -> tuple[Decoded, tuple[str, ...]]:
         classes.append(readable)
         unreadable += others
     pictures = spread(classes)
-    first, stop = (bound_of(text, len(pictures)) for text in bounds)
-    is_slice = 0 <= first < stop <= len(pictures)
+    rows = rows_of(config.split, split_name(config.split), len(pictures))
     expected = f"a slice of its {len(pictures)} pictures that is not empty"
-    require(is_slice, "data.split", config.split, expected)
+    require(len(rows), "data.split", config.split, expected)
     if unreadable:
         count, total = len(unreadable), len(unreadable) + len(pictures)
         say(f"{name}: left out {count} of {total:,} files that cannot be read: {some(unreadable)}")
-    source = Files(folder, pictures[first:stop])
+    source = Files(folder, [pictures[i] for i in rows])
     records = Decoded(source, "image", "label", config, open_upright, MAX_DAMAGED)
     return records, class_words(class_names)
 
@@ -96,16 +95,15 @@ def open_folder(config: Data) -> tuple[Decoded, tuple[str, ...]]:
 # Classes and splits
 
 
-def open_split(config: Data) -> tuple[Path, tuple[str, ...], tuple[str, str]]:
-    """The folder of a split, the classes of `train`, and where the slice begins and stops.
+def split_name(split: str) -> str:
+    """`train`, for `train[:90%]`."""
+    return re.match(r"\w*", split).group()
 
-    Raises InputError.
-    """
+
+def open_split(config: Data) -> tuple[Path, tuple[str, ...]]:
+    """The folder of a split, and the classes of `train`. Raises InputError."""
     root, split = Path(config.name), config.split
-    match = re.fullmatch(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
-    expected = "a split, such as train, or a slice of one, such as train[:95%]"
-    require(match, "data.split", split, expected)
-    name, first, stop = match.groups()
+    name = split_name(split)
     has_splits = bool(subfolders(root / "train"))
     expected = f"train: {config.name!r} has no train/ and val/ that hold the classes"
     require(has_splits or name == "train", "data.split", split, expected)
@@ -116,7 +114,7 @@ def open_split(config: Data) -> tuple[Path, tuple[str, ...], tuple[str, str]]:
     unknown = [name for name in subfolders(folder) if name not in class_names]
     expected = f"of the classes in {str(train)!r}, without {', '.join(unknown[:NAMED])}"
     require(not unknown, "data.split", split, expected)
-    return folder, tuple(class_names), (first or "0", stop or "100%")
+    return folder, tuple(class_names)
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -136,13 +134,6 @@ def check_names(config: Data, class_names: list[str]) -> None:
         other = seen.setdefault(name.casefold(), name)
         expected = f"without {other!r} and {name!r}: classes differ in more than the case"
         require(other == name, "data.name", config.name, expected)
-
-
-def bound_of(text: str, count: int) -> int:
-    """Where a slice of `count` records begins or stops, as TFDS has it: `7`, `-7`, `95%`, `-5%`."""
-    number = int(text.removesuffix("%"))
-    bound = round(number * count / 100) if text.endswith("%") else number
-    return bound + count if bound < 0 else bound
 
 
 def spread(classes: list[list[str]]) -> list[Labelled]:

@@ -279,6 +279,24 @@ def open_split(builder: Any, split: str, **options: Any) -> Any:
         ) from error
 
 
+def rows_of(split: str, name: str, count: int) -> np.ndarray:
+    """The rows of the `count` of a split that `split` means, as TFDS writes it: `train[:50%]`.
+
+    Empty where it is no slice of the split `name`.
+    """
+    if split == name:
+        return np.arange(count)
+
+    import tensorflow_datasets as tfds
+
+    whole = tfds.core.SplitInfo(name, shard_lengths=[count], num_bytes=0)
+    try:
+        slices = tfds.core.ReadInstruction.from_spec(split).to_absolute({name: whole})
+        return np.concatenate([np.arange(count)[part.from_ : part.to] for part in slices])
+    except (ValueError, NotImplementedError):
+        return np.arange(0)
+
+
 def read_class_names(builder: Any, label_key: str) -> tuple[str, ...]:
     """A name for each label."""
     return class_words(tuple(builder.info.features[label_key].names))

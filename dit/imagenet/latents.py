@@ -60,7 +60,7 @@ import numpy as np
 
 from dit.data import open_decoded, tfds_config
 from dit.files import claim_folder, renaming, whole
-from dit.folder import is_folder
+from dit.folder import is_folder, split_name
 from dit.generation import num_vae_parts
 from dit.imagenet.vae import VAE, load_vae
 from dit.images import from_uint8
@@ -155,7 +155,7 @@ def plan_shards(options: MakeLatents, num_records: int) -> list[Shard]:
     """The files that hold the latents, under the names that TFDS expects."""
     count = math.ceil(num_records / options.shard_size)
     name = re.sub(r"[^a-z0-9_]", "_", set_name(options))
-    prefix = f"{name}_latents-{split_name(options)}.array_record"
+    prefix = f"{name}_latents-{split_name(options.split)}.array_record"
     shards = []
     for i in range(count):
         path = Path(options.out) / f"{prefix}-{i:05d}-of-{count:05d}"
@@ -170,11 +170,6 @@ def set_name(options: MakeLatents) -> str:
     if not is_folder(options.name):
         return options.name
     return f"folder_{Path(options.name).resolve().name.lower()}"
-
-
-def split_name(options: MakeLatents) -> str:
-    """`train`, for `train[:90%]`."""
-    return re.match(r"\w+", options.split).group()
 
 
 def write_shard(path: Path, features: Any, examples: Iterator[Example]) -> None:
@@ -248,7 +243,7 @@ def run(options: MakeLatents) -> None:
         progress.close()
     if jax.process_index() == 0:
         paths = [shard.path for shard in shards]
-        count = write_info(Path(options.out), features, split_name(options), paths)
+        count = write_info(Path(options.out), features, split_name(options.split), paths)
         report(options, count, len(records) - count, progress.rate)
 
 
