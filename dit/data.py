@@ -302,7 +302,9 @@ def batches(
 
     records = dataset.records
     order = grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat()
-    shares = order.batch(batch_size // processes)[start * processes + process :: processes]
+    # without drop_remainder grain's count of an endless order's batches overflows for shares of 1
+    shares = order.batch(batch_size // processes, drop_remainder=True)
+    shares = shares[start * processes + process :: processes]
     options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
     stream = iter(shares.map(records.read).to_iter_dataset(options))
     stream.start_prefetch()

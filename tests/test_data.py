@@ -149,11 +149,13 @@ def test_batches_are_read_before_they_are_asked_for():
     stream.close()
 
 
-def test_the_processes_parts_make_up_the_batch():
+@pytest.mark.parametrize("processes", [3, 6])  # of two images each, and of one
+def test_the_processes_parts_make_up_the_batch(processes):
     digits = data.open_dataset(Data())
     options = dict(batch_size=6, seed=1, start=2)
     whole = take(digits, 3, **options)
-    parts = [take(digits, 3, **options, process=p, processes=3) for p in range(3)]
+    shares = [dict(process=p, processes=processes) for p in range(processes)]
+    parts = [take(digits, 3, **options, **share) for share in shares]
     for step in range(3):
         joined = np.concatenate([part[step]["image"] for part in parts])
         np.testing.assert_array_equal(joined, whole[step]["image"])
