@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from dit.config import Data, InputError, nearest, one_line, require
 from dit.images import UNDECODABLE, centre_crop
+from dit.prepare import download, faulty_builder, prepare
 
 MAX_DAMAGED = 0.01  # of the records; with more the data set is refused
 MAX_NAMED = 20  # damaged records that are told of
@@ -203,70 +204,6 @@ def locate(name: str) -> None:
 def record_keys(builder: Any) -> tuple[str, str]:
     """The names under which records hold the image and its label."""
     return builder.info.supervised_keys or ("image", "label")
-
-
-def prepare(builder: Any) -> None:
-    """Has a builder that is not TFDS's own write its records. Raises InputError."""
-    import tensorflow_datasets as tfds
-
-    if not sys.stderr.isatty():
-        tfds.disable_progress_bar()
-    try:
-        with pillow_encodes():
-            builder.download_and_prepare()
-    except Exception as error:  # whatever the code of a builder does
-        raise faulty_builder(builder.name, error) from error
-
-
-def faulty_builder(name: str, error: Exception) -> InputError:
-    """The refusal of a builder whose code raises an error, with what lies at its root."""
-    while error.__cause__ is not None:  # TFDS puts its own on top
-        error = error.__cause__
-    reason = f"{type(error).__name__}: {one_line(error)[:300]}"
-    return InputError(f"data.name: {name!r} should have a builder that works ({reason})")
-
-
-@contextlib.contextmanager
-def pillow_encodes() -> Iterator[None]:
-    """Has Pillow encode the arrays that a builder yields as images, in place of TensorFlow.
-
-    Nearly all are PNG, the same pixels from either.
-    """
-    from tensorflow_datasets.core.features import image_feature
-
-    def encode(encoder: Any, image: np.ndarray) -> bytes:
-        image_feature._validate_np_array(image, shape=encoder.shape, dtype=encoder.np_dtype)
-        file = io.BytesIO()
-        picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-        picture.save(file, encoder.encoding_format, quality=95)  # as TensorFlow's JPEG
-        return file.getvalue()
-
-    kind = image_feature._ImageEncoder
-    before = kind._encode_image
-    kind._encode_image = encode
-    try:
-        yield
-    finally:
-        kind._encode_image = before
-
-
-def download(builder: Any) -> None:
-    import requests
-    import tensorflow_datasets as tfds
-
-    failures = (tfds.download.DownloadError, AssertionError, ImportError, OSError)
-    try:
-        requests.head("https://storage.googleapis.com", timeout=5)  # TFDS would try for minutes
-        with pillow_encodes():
-            builder.download_and_prepare()
-    except failures as error:  # those of requests are OSErrors
-        is_offline = isinstance(error, requests.exceptions.RequestException)
-        reason = "no network" if is_offline else f"{type(error).__name__} {one_line(error)}"
-        raise InputError(
-            f"data.name: {builder.name!r} is not in {builder.data_dir} and cannot be fetched "
-            f"({reason}); set TFDS_DATA_DIR to a folder that has it, or run the same command once "
-            "where there is a network"
-        ) from error
 
 
 def open_split(builder: Any, split: str, **options: Any) -> Any:

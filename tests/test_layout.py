@@ -27,6 +27,7 @@ ROWS = [
     "dit.data",
     "dit.folder",
     "dit.tfds",
+    "dit.prepare",
     "dit.sampling",
     "dit.flow",
     "dit.model",
