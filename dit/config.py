@@ -216,7 +216,7 @@ class Train:
     steps: PositiveInt = 400_000  # optimizer steps of the run
     batch_size: PositiveInt = 256  # images a step, over all devices and hosts
     seed: Seed = 0  # seed of everything random
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # type of products; the rest is float32
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # type of blocks' products; else float32
     log_every: PositiveInt = 100  # steps between two lines of metrics.jsonl
     sample_every: NonNegativeInt = 10_000  # steps between two sample grids; 0 draws none
     checkpoint_every: NonNegativeInt = 10_000  # steps between saves; the last and grids save too
@@ -438,7 +438,8 @@ def check_evaluation(config: Config) -> None:
     latents, vae, evaluation = config.data.latents, config.data.vae, config.eval
     require(vae is None or latents, "data.vae", vae, "given with data.latents: pixels need none")
     held_out, trained_on = evaluation.split, config.data.split
-    is_apart = held_out is None or trained_on not in (held_out, held_out.split("[")[0])
+    wholes = [split.partition("[")[0] for split in (trained_on, held_out or "")]
+    is_apart = trained_on not in (held_out, wholes[1]) and held_out != wholes[0]
     expected = (
         f"of other images than data.split = {trained_on!r}, "
         "as 'train[90%:]' is with data.split = 'train[:90%]'"

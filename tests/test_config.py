@@ -350,6 +350,10 @@ LATENTS = dict(latents="x", image_size=48)
             "eval.split: 'train[90%:]' should be of other images than data.split = 'train', as",
         ),
         (
+            dict(eval=dict(split="train"), data=dict(split="train[:9]")),
+            "eval.split: 'train' should be of other images than data.split = 'train[:9]', as",
+        ),
+        (
             dict(eval=dict(split="train[:9]"), data=dict(split="train[:9]")),
             "eval.split: 'train[:9]' should be of other images than data.split = 'train[:9]', as",
         ),
